@@ -1,0 +1,281 @@
+"""The run's configuration: every default, every unit, every rule that needs no data and no GPU to check.
+
+Precedence, lowest first: the defaults below, the YAML file, then ``section.key=value`` words from the command line::
+
+    config = load("configs/flickr30k.yaml", ["optim.lr=5e-5", "data.global_batch=128"])
+
+A YAML file holds only what differs from the defaults. An unknown key is an error with a suggestion; a number typed as
+``3e-4`` (which YAML reads as a string) is the number. Nothing here is changed after it is loaded: what depends on the
+world size is derived by ``batch_plan``.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from pvtcap import recipes
+from pvtcap.errors import ConfigError, did_you_mean
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(_Section):
+    dir: Path = Field(Path("runs/unnamed"), description="The run folder: everything a run writes is below it.")
+    seed: NonNegativeInt = Field(0, description="Seeds new weights, sample order, augmentation and dropout.")
+
+
+class DataConfig(_Section):
+    train: Path | None = Field(None, description="ShardSet folder to train on.")
+    val: Path | None = Field(None, description="ShardSet folder for validation loss, captions and scores.")
+    global_batch: PositiveInt = Field(64, description="Photos in one optimizer step, over all ranks and accumulation.")
+    micro_batch: PositiveInt | None = Field(
+        None, description="Photos in one forward pass of one rank; null: global_batch / world size."
+    )
+    captions_per_photo: PositiveInt = Field(
+        5, description="Captions trained on each time a photo is seen, packed in one row; drawn where there are more."
+    )
+    image_px: PositiveInt = Field(384, description="Side of the square the model sees, in pixels.", multiple_of=32)
+    crop_min_area: Fraction = Field(
+        0.5, description="Random crops keep at least this share of the photo's area; 1: the whole photo, squeezed."
+    )
+    flip_probability: Fraction = Field(0.5, description="Chance that a photo is mirrored; 0 if captions say left.")
+    blank_photos: bool = Field(False, description="Show the model grey pictures: how much does it know without them?")
+    shuffle_window_shards: PositiveInt = Field(16, description="Samples are shuffled within this many shards.")
+    workers: NonNegativeInt = Field(2, description="Decoding processes a rank; 0 decodes in the training process.")
+
+
+class TextConfig(_Section):
+    vocab: str = Field(
+        "bert-base-uncased",
+        description="A Hugging Face name, a vocab.txt, or 'train': WordPiece learned from the training captions.",
+    )
+    vocab_size: PositiveInt = Field(4000, description="Pieces to learn with vocab: train.")
+    prompt: str = Field("a picture of ", description="Begins every caption; masked from the loss. BLIP's by default.")
+    max_tokens: PositiveInt = Field(40, description="Longer captions are cut here, prompt included.")
+
+
+class ModelConfig(_Section):
+    encoder: str = Field("pvt_v2_b1", description="timm name; pvt_v2_b1 is the 13.5M 'PVT-Tiny', pvt_v2_b0 has 3.4M.")
+    encoder_weights: str = Field("timm", description="'timm' (pretrained), a .pth or .safetensors file, or 'scratch'.")
+    encoder_stages: int = Field(4, ge=2, le=4, description="Stages kept: 4 gives image_px/32 squared tokens, 3 /16.")
+    projection: Literal["conv3x3", "linear", "mlp"] = Field("conv3x3", description="Encoder width to decoder width.")
+    decoder: str = Field(
+        "Salesforce/blip-image-captioning-base",
+        description="Hugging Face BLIP captioning model (name or folder) to take the text decoder from, or 'scratch'.",
+    )
+    decoder_layers: PositiveInt = 12
+    decoder_width: PositiveInt = 768
+    decoder_heads: PositiveInt = 12
+    decoder_feedforward: PositiveInt = 3072
+    decoder_positions: PositiveInt = Field(512, description="Longest caption the position table holds, in tokens.")
+    dropout: Fraction = Field(0.1, description="In the decoder: hidden states and attention.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(f"decoder_width {self.decoder_width} is not a multiple of {self.decoder_heads} heads")
+        return self
+
+
+TRAINABLE = (
+    "projection",
+    "projection+cross_attention",
+    "projection+decoder",
+    "projection+encoder",
+    "projection+cross_attention+encoder",
+    "projection+decoder+encoder",
+)
+
+
+class TrainConfig(_Section):
+    what: Literal[
+        "projection",
+        "projection+cross_attention",
+        "projection+decoder",
+        "projection+encoder",
+        "projection+cross_attention+encoder",
+        "projection+decoder+encoder",
+    ] = Field("projection+decoder", description="Which parameters learn; all others are frozen.")
+    epochs: PositiveFloat | None = Field(None, description="Length of the run in passes over data.train ...")
+    steps: PositiveInt | None = Field(None, description="... or in optimizer steps; exactly one of the two.")
+    log_every_steps: PositiveInt = 10
+    val_every_steps: PositiveInt | None = Field(None, description="Loss on the whole of data.val; null: never.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("both epochs and steps are set: keep the one that ends the run")
+        return self
+
+
+class OptimConfig(_Section):
+    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
+    encoder_lr: PositiveFloat | None = Field(None, description="The encoder's own, where it trains; null: lr.")
+    warmup_steps: NonNegativeInt = Field(500, description="Linear from 0 to lr.")
+    min_lr_ratio: Fraction = Field(0.0, description="The cosine ends at lr times this.")
+    weight_decay: NonNegativeFloat = Field(0.05, description="Not on biases and norms.")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_norm: PositiveFloat = Field(1.0, description="Global gradient norm is cut to this.")
+    label_smoothing: Fraction = Field(0.0, description="BLIP trains with 0.1. Validation loss is never smoothed.")
+
+
+class ZeroConfig(_Section):
+    stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 all.")
+
+
+class CheckpointConfig(_Section):
+    every_steps: PositiveInt | None = Field(None, description="null: at evaluations and at the end only.")
+    keep_last: PositiveInt = Field(2, description="Older checkpoints are removed.")
+
+
+class EvaluateConfig(_Section):
+    every_steps: PositiveInt | None = Field(None, description="Captions and scores on data.val while training.")
+    at_start: bool = Field(False, description="Score the model before its first step too.")
+    num_beams: PositiveInt = 3
+    max_length: PositiveInt = Field(20, description="Longest caption in tokens, begin token and prompt included.")
+    min_length: NonNegativeInt = Field(5, description="Shortest, counted the same way.")
+    repetition_penalty: PositiveFloat = 1.0
+    micro_batch: PositiveInt = Field(32, description="Photos captioned at a time on each rank.")
+    sheet_photos: NonNegativeInt = Field(12, description="Photos on the picture of captions in TensorBoard.")
+    metric_timeout_s: PositiveFloat = Field(600.0, description="A metric that takes longer is reported unavailable.")
+
+
+class Config(_Section):
+    """A whole run. Section by section, the keys of the YAML file."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    zero: ZeroConfig = ZeroConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _frozen_encoder_has_weights(self) -> Self:
+        if self.model.encoder_weights == "scratch" and "encoder" not in self.train.what:
+            raise ValueError("model.encoder_weights is 'scratch', but train.what freezes the encoder: add '+encoder'")
+        return self
+
+    def to_yaml(self) -> str:
+        """Every value, defaults included: what ran, readable without this version's defaults."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (a path, or the name of a shipped one: ``flickr30k``) and apply ``a.b=c`` overrides."""
+    path = recipes.find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("a configuration is a mapping of sections", where=path, got=type(tree).__name__)
+    for word in overrides:
+        _override(tree, word)
+    return parse(tree, where=path)
+
+
+def parse(tree: dict[str, Any], where: object) -> Config:
+    """Validate a tree of plain values; ConfigError names the first thing wrong with it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    dotted = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1])
+        hint = did_you_mean(place[-1], known) or _other_section(place[-1]) or f"Known here: {', '.join(known)}."
+        raise ConfigError(f"unknown key '{dotted}'", where=where, do=hint)
+    message = first["msg"].removeprefix("Value error, ").lower().removeprefix("input should be ")
+    if first["type"] == "value_error":
+        raise ConfigError(first["msg"].removeprefix("Value error, "), where=f"{where}: {dotted}" if dotted else where)
+    raise ConfigError(f"bad value for '{dotted}'", where=where, got=repr(first["input"]), wanted=message)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one global batch is cut: ``global_batch == micro_batch * world_size * accumulation`` photos."""
+
+    global_batch: int
+    micro_batch: int
+    world_size: int
+    accumulation: int
+
+
+def batch_plan(data: DataConfig, world_size: int) -> BatchPlan:
+    """Derive accumulation from the world size; ConfigError, with all the numbers, when it does not divide."""
+    micro = data.micro_batch or max(1, data.global_batch // world_size)
+    accumulation, rest = divmod(data.global_batch, micro * world_size)
+    if rest or not accumulation:
+        raise ConfigError(
+            "data.global_batch is not a multiple of micro_batch × ranks",
+            got=f"global_batch {data.global_batch}, micro_batch {micro}, {world_size} ranks",
+            wanted=f"a multiple of {micro * world_size}",
+            do=f"Try data.global_batch={max(1, round(data.global_batch / (micro * world_size))) * micro * world_size}, "
+            "another data.micro_batch, or another number of ranks.",
+        )
+    return BatchPlan(data.global_batch, micro, world_size, accumulation)
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    dotted, equals, value = word.partition("=")
+    if not equals or not dotted:
+        raise ConfigError("not an override", got=repr(word), wanted="section.key=value, such as optim.lr=1e-4")
+    *sections, key = dotted.split(".")
+    branch = tree
+    for section in sections:
+        branch = branch.setdefault(section, {})
+        if not isinstance(branch, dict):
+            raise ConfigError(f"'{section}' in '{dotted}' is a value, not a section")
+    try:
+        branch[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        branch[key] = value
+
+
+def _model_at(sections: Sequence[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[section].annotation if section in model.model_fields else None
+        options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        model_options = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not model_options:
+            return None
+        model = model_options[0]
+    return model
+
+
+def _known_keys(sections: Sequence[str]) -> list[str]:
+    model = _model_at(sections)
+    return list(model.model_fields) if model else []
+
+
+def _other_section(key: str) -> str | None:
+    homes = [name for name in Config.model_fields if key in _known_keys([name])]
+    return f"Did you mean '{homes[0]}.{key}'?" if homes else None
