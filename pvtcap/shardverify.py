@@ -1,0 +1,170 @@
+"""Verifying a ShardSet: every byte is read, every photo decoded, and every number compared with the manifest.
+
+``ShardSet.open`` looks at names and sizes only; this is what to run after copying a ShardSet, or before trusting one.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from pvtcap.errors import ShardError
+from pvtcap.photo import BadPhoto, decode_photo
+from pvtcap.shardfolder import SKIPPED
+from pvtcap.shardset import (
+    MANIFEST,
+    Manifest,
+    Sample,
+    ShardIndex,
+    ShardReader,
+    ShardSet,
+    SkippedItem,
+    parse_json,
+    read_manifest,
+    sha256_file,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong: in which file, with which sample (empty when it is the whole file's), and what."""
+
+    shard: str
+    key: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFindings:
+    """What reading one shard showed, with what has to be compared across shards."""
+
+    problems: list[Problem]
+    keys: list[str]
+    image_ids: list[int | str]
+
+
+def verify(path: Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None) -> list[Problem]:
+    """All that is wrong with the ShardSet in ``path``; an empty list when it is whole.
+
+    ``progress`` is called with the number of samples just read. Raises ShardError when there is no manifest to verify
+    against.
+    """
+    manifest = read_manifest(path)
+    check = partial(verify_shard, path, manifest)
+    shards = range(len(manifest.shards))
+    if processes <= 1:
+        problems = _collect(map(check, shards), manifest, progress)
+    else:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            problems = _collect(pool.map(check, shards), manifest, progress)
+    return problems + _verify_totals(path, manifest)
+
+
+def verify_shard(path: Path, manifest: Manifest, shard: int) -> ShardFindings:
+    """Read one shard to its last byte."""
+    entry = manifest.shards[shard]
+    tar = path / entry.file
+    if not tar.is_file():
+        return ShardFindings([Problem(entry.file, "", "the tar is missing")], [], [])
+    problems: list[Problem] = []
+    if (size := tar.stat().st_size) != entry.size_bytes:
+        what = "truncated" if size < entry.size_bytes else "too long"
+        problems.append(Problem(entry.file, "", f"{what}: {size:,} bytes; wanted {entry.size_bytes:,}"))
+    elif sha256_file(tar) != entry.sha256:
+        problems.append(Problem(entry.file, "", "sha256 is not the manifest's: the bytes have changed"))
+    shardset = ShardSet(path, manifest)
+    try:
+        index = shardset.load_index(shard)
+    except ShardError as error:
+        return ShardFindings([*problems, Problem(entry.index_file, "", str(error))], [], [])
+    problems += _verify_members(tar, index)
+    samples, unreadable = _read_samples(shardset, shard)
+    if not unreadable and (count := sum(len(sample.captions) for sample in samples)) != entry.num_captions:
+        problems.append(Problem(entry.file, "", f"{count:,} captions; wanted {entry.num_captions:,}"))
+    return ShardFindings(problems + unreadable, index.keys, [sample.image_id for sample in samples])
+
+
+def _verify_members(tar: Path, index: ShardIndex) -> list[Problem]:
+    """Compare the index with the members as Python's tarfile, and so WebDataset, finds them."""
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            members = {(member.offset_data, member.size): member.name for member in archive}
+    except (tarfile.TarError, EOFError, OSError) as error:
+        return [Problem(tar.name, "", f"not readable as a tar: {error}")]
+    problems = []
+    for key, *spans in zip(index.keys, index.photos, index.texts, strict=True):
+        for what, span in zip(("photo", "text"), spans, strict=True):
+            name = members.get(span, "nothing")
+            if name.split(".", 1)[0] != key:
+                problems.append(Problem(tar.name, key, f"the index places its {what} where the tar has {name}"))
+    unknown = {name.split(".", 1)[0] for name in members.values()} - set(index.keys)
+    return problems + [Problem(tar.name, key, "in the tar, but not in the index") for key in sorted(unknown)]
+
+
+def _read_samples(shardset: ShardSet, shard: int) -> tuple[list[Sample], list[Problem]]:
+    """Read and decode every sample by its place in the index; the samples come back without their photos."""
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    entry = shardset.manifest.shards[shard]
+    with ShardReader(shardset) as reader:
+        for number in range(entry.num_samples):
+            key = reader.key(shard, number)
+            try:
+                sample = reader.read(shard, number)
+                size = decode_photo(sample.photo)
+            except BadPhoto as error:
+                problems.append(Problem(entry.file, key, f"{error.reason}: {error.detail}"))
+            except ShardError as error:
+                problems.append(Problem(entry.file, key, str(error)))
+            else:
+                samples.append(replace(sample, photo=b""))
+                if size != (sample.width, sample.height):
+                    said = f"{sample.width} x {sample.height}"
+                    problems.append(
+                        Problem(entry.file, key, f"the photo is {size[0]} x {size[1]}, its text says {said}")
+                    )
+    return samples, problems
+
+
+def _collect(findings: Iterable[ShardFindings], manifest: Manifest, progress: Callable[[int], object]) -> list[Problem]:
+    problems: list[Problem] = []
+    seen: dict[tuple[str, str], str] = {}
+    for entry, found in zip(manifest.shards, findings, strict=True):
+        problems += found.problems
+        names = [("key", key) for key in found.keys] + [("image_id", str(image_id)) for image_id in found.image_ids]
+        for kind, name in names:
+            if (first := seen.setdefault((kind, name), entry.file)) != entry.file:
+                problems.append(Problem(entry.file, name, f"the same {kind} is in {first}"))
+        for kind, name in sorted(pair for pair, times in Counter(names).items() if times > 1):
+            problems.append(Problem(entry.file, name, f"the same {kind} more than once"))
+        progress(entry.num_samples)
+    return problems
+
+
+def _verify_totals(path: Path, manifest: Manifest) -> list[Problem]:
+    """Compare the manifest's totals with its shards, with skipped.jsonl, and with the tars in the folder."""
+    problems: list[Problem] = []
+    for what in ("num_samples", "num_captions"):
+        total, wanted = sum(getattr(entry, what) for entry in manifest.shards), getattr(manifest, what)
+        if total != wanted:
+            problems.append(
+                Problem(MANIFEST, "", f"the shards' {what} add up to {total:,}; the manifest says {wanted:,}")
+            )
+    named = {entry.file for entry in manifest.shards}
+    for stray in sorted(file.name for file in path.glob("*.tar") if file.name not in named):
+        problems.append(Problem(stray, "", "a tar that the manifest does not name"))
+    skipped = path / SKIPPED
+    try:
+        lines = skipped.read_bytes().splitlines() if skipped.exists() else []
+        reasons = Counter(parse_json(SkippedItem, line, skipped).reason for line in lines)
+    except ShardError as error:
+        return [*problems, Problem(SKIPPED, "", str(error))]
+    if reasons != manifest.skipped:
+        problems.append(Problem(SKIPPED, "", f"it counts {dict(reasons)}; the manifest says {manifest.skipped}"))
+    return problems

@@ -1,0 +1,134 @@
+"""pytest tests/test_shardverify.py"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pvtcap.errors import ShardError
+from pvtcap.shardset import ShardSet
+from pvtcap.shardverify import verify
+from pvtcap.shardwriter import BuildOptions, Candidate, PhotoBytes, SkippedItem, build
+
+
+def photo() -> bytes:
+    encoded = io.BytesIO()
+    Image.effect_noise((64, 48), 60).convert("RGB").save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
+@pytest.fixture
+def cats(tmp_path: Path) -> Path:
+    """Six samples in three shards, and one thing left out."""
+    photos = [Candidate(f"cat{n}", n, ("a cat", "the cat"), "test", PhotoBytes(photo())) for n in range(6)]
+    skipped = SkippedItem(key="dog", reason="no cat")
+    build([*photos, skipped], tmp_path / "cats", BuildOptions(samples_per_shard=2, max_skipped=0.5), {})
+    return tmp_path / "cats"
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def vouch_for(cats: Path, shard: int) -> None:
+    """Write the shard's checksums and size into the manifest, as if it had been built like this."""
+    manifest = json.loads((cats / "manifest.json").read_text())
+    entry = manifest["shards"][shard]
+    tar, index = cats / entry["file"], cats / entry["file"].replace(".tar", ".index.json")
+    entry["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
+    entry["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    entry["size_bytes"] = tar.stat().st_size
+    (cats / "manifest.json").write_text(json.dumps(manifest))
+
+
+def told(cats: Path) -> list[tuple[str, str, str]]:
+    return [(problem.shard, problem.key, problem.problem) for problem in verify(cats)]
+
+
+def test_whole(cats: Path) -> None:
+    counted: list[int] = []
+    assert verify(cats, progress=counted.append) == []
+    assert counted == [2, 2, 2]
+    assert verify(cats, processes=2) == []
+
+
+def test_one_flipped_bit(cats: Path) -> None:
+    offset, _ = ShardSet.open(cats).load_index(1).texts[0]
+    overwrite(cats / "cats-000001.tar", offset + 30, b"Z")
+    [(shard, key, problem)] = told(cats)[:1]
+    assert (shard, key) == ("cats-000001.tar", "")
+    assert "sha256" in problem
+
+
+def test_truncated_tar_leaves_the_others_checked(cats: Path) -> None:
+    os.truncate(cats / "cats-000000.tar", 2_000)
+    (cats / "cats-000002.tar").unlink()
+    problems = told(cats)
+    assert ("cats-000002.tar", "", "the tar is missing") in problems
+    assert any(shard == "cats-000000.tar" and problem.startswith("truncated: 2,000") for shard, _, problem in problems)
+    assert {key for shard, key, _ in problems if shard == "cats-000000.tar"} >= {"cat0", "cat1"}
+    assert not any(shard == "cats-000001.tar" for shard, _, _ in problems)
+
+
+def test_a_photo_that_does_not_decode_and_a_text_that_is_no_json(cats: Path) -> None:
+    index = ShardSet.open(cats).load_index(0)
+    overwrite(cats / "cats-000000.tar", index.photos[0][0], b"rubbish, not a JPEG")
+    overwrite(cats / "cats-000000.tar", index.texts[1][0], b"rubbish")
+    vouch_for(cats, 0)
+    problems = {key: problem for _, key, problem in told(cats)}
+    assert problems["cat0"].startswith("not a photo")
+    assert "not a valid Text" in problems["cat1"]
+
+
+def test_an_index_of_other_places(cats: Path) -> None:
+    path = cats / "cats-000001.index.json"
+    index = json.loads(path.read_text())
+    index["photos"].reverse()
+    index["keys"][1] = "lion"
+    path.write_text(json.dumps(index))
+    vouch_for(cats, 1)
+    problems = told(cats)
+    assert ("cats-000001.tar", "cat2", "the index places its photo where the tar has cat3.jpg") in problems
+    assert ("cats-000001.tar", "cat3", "in the tar, but not in the index") in problems
+
+
+def test_the_same_sample_in_two_shards(cats: Path) -> None:
+    for name in ("cats-00000{}.tar", "cats-00000{}.index.json"):
+        (cats / name.format(1)).write_bytes((cats / name.format(0)).read_bytes())
+    vouch_for(cats, 1)
+    problems = told(cats)
+    assert ("cats-000001.tar", "cat0", "the same key is in cats-000000.tar") in problems
+    assert ("cats-000001.tar", "0", "the same image_id is in cats-000000.tar") in problems
+
+
+def test_totals_strays_and_wrong_size(cats: Path) -> None:
+    manifest = json.loads((cats / "manifest.json").read_text())
+    manifest["num_captions"] = 99
+    manifest["shards"][0]["num_captions"] = 5
+    (cats / "manifest.json").write_text(json.dumps(manifest))
+    (cats / "skipped.jsonl").write_text("")
+    (cats / "other.tar").write_bytes(b"")
+    offset, size = ShardSet.open(cats).load_index(2).texts[0]
+    text = (cats / "cats-000002.tar").read_bytes()[offset : offset + size]
+    overwrite(cats / "cats-000002.tar", offset, text.replace(b'"width": 64', b'"width": 46'))
+    vouch_for(cats, 2)
+    problems = told(cats)
+    assert ("cats-000000.tar", "", "4 captions; wanted 5") in problems
+    assert ("cats-000002.tar", "cat4", "the photo is 64 x 48, its text says 46 x 48") in problems
+    assert ("manifest.json", "", "the shards' num_captions add up to 13; the manifest says 99") in problems
+    assert ("other.tar", "", "a tar that the manifest does not name") in problems
+    assert ("skipped.jsonl", "", "it counts {}; the manifest says {'no cat': 1}") in problems
+
+
+def test_nothing_to_verify_against(cats: Path) -> None:
+    (cats / "manifest.json").unlink()
+    with pytest.raises(ShardError, match="without a manifest"):
+        verify(cats)
