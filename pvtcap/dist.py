@@ -1,0 +1,120 @@
+"""The world of ranks. The only module that reads RANK and its kin, or picks a device and a backend.
+
+    with World.start() as world:
+        path = world.on_first_rank(lambda: find_latest())     # rank 0 decides, the others are told
+        total = world.sum([loss, count])                      # sums are reduced apart and divided once
+
+Collectives here carry small Python values on the CPU; gradients are DeepSpeed's business.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from pvtcap.errors import PvtcapError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. ``rank`` and ``size`` count all processes, ``local_rank`` those of this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls, device: str | None = None) -> Self:
+        """One process, no process group: for captioning, exporting and single-process tests."""
+        return cls(0, 1, 0, torch.device(device) if device else _pick_device(0))
+
+    @classmethod
+    def start(cls, timeout_minutes: float = 30) -> Self:
+        """Join the process group that torchrun or srun describes in the environment; alone, make one of one rank."""
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = _pick_device(local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" not in os.environ:
+            # DeepSpeed reads these even for one process.
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+            os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+        # gloo beside nccl: small values travel on the CPU without touching the GPU's stream.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        return cls(rank, size, local_rank, device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # After an error the other ranks may never answer; leaving is all that is safe.
+        if torch_dist.is_initialized() and kind is None:
+            torch_dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0.0])
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            torch_dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def gather(self, value: T) -> list[T] | None:
+        """Every rank's value on rank 0, in rank order; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.size if self.is_first else None
+        torch_dist.gather_object(value, gathered, dst=0)
+        return gathered
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def on_first_rank(self, decide: Callable[[], T]) -> T:
+        """Run ``decide`` on rank 0 and give its result, or its PvtcapError, to all."""
+        result: T | PvtcapError | None = None
+        if self.is_first:
+            try:
+                result = decide()
+            except PvtcapError as error:
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, PvtcapError):
+            result.told = not self.is_first
+            raise result
+        return result  # type: ignore[return-value]  # None only where decide() itself gives None
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

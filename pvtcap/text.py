@@ -1,0 +1,126 @@
+"""Captions to token ids and back, and the packed rows that training reads.
+
+BERT's uncased WordPiece with BLIP's two extra tokens at the end of the vocabulary: [DEC] begins a caption, [ENC] is
+BLIP's for another task and kept so that its embedding table fits. A caption ends with [SEP]. All captions of a photo
+are packed in one row, each with positions from 0 and a segment number of its own; the mask that keeps them apart is
+made from the segments in ``decoder``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
+
+from pvtcap.errors import ConfigError
+
+IGNORE = -100  # torch's cross_entropy leaves this label out; here: prompt and padding
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_BLIP_TOKENS = ["[DEC]", "[ENC]"]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """All chosen captions of one photo, one after the other; int64 arrays of one length T.
+
+    ``labels[t]`` is the token that should follow ``tokens[t]``, IGNORE inside the prompt.
+    """
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    segments: NDArray[np.int64]
+
+
+class CaptionTokenizer:
+    """WordPiece with BLIP's tokens. ``vocab`` is BERT's list of pieces, without [DEC] and [ENC]."""
+
+    def __init__(self, vocab: Sequence[str], prompt: str = "") -> None:
+        missing = [token for token in ("[PAD]", "[UNK]", "[SEP]") if token not in vocab]
+        if missing:
+            raise ConfigError("the vocabulary lacks BERT's special tokens", got=missing, do="Use a BERT vocab.txt.")
+        self.vocab = [piece for piece in vocab if piece not in _BLIP_TOKENS]
+        self.prompt = prompt
+        ids = {piece: number for number, piece in enumerate([*self.vocab, *_BLIP_TOKENS])}
+        self.pad_id, self.end_id, self.begin_id = ids["[PAD]"], ids["[SEP]"], ids["[DEC]"]
+        self.size = len(ids)
+        self._tokenizer = _bert_pipeline(Tokenizer(WordPiece(ids, unk_token="[UNK]")))
+        self._special = {ids[token] for token in [*_SPECIAL, *_BLIP_TOKENS] if token in ids}
+        self.prefix = [self.begin_id, *self._ids(prompt)]
+
+    @classmethod
+    def from_file(cls, path: Path, prompt: str = "") -> CaptionTokenizer:
+        """Read a vocab.txt: one piece a line, the line number is the id."""
+        try:
+            return cls(path.read_text(encoding="utf-8").splitlines(), prompt)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the vocabulary: {error}", where=path) from None
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, prompt: str = "") -> CaptionTokenizer:
+        """Learn a WordPiece vocabulary of at most ``vocab_size`` pieces from captions."""
+        tokenizer = _bert_pipeline(Tokenizer(WordPiece(unk_token="[UNK]")))
+        trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False)
+        # The prompt's pieces are in every row whether or not a caption uses them.
+        tokenizer.train_from_iterator([prompt, *captions], trainer)
+        ids = tokenizer.get_vocab()
+        return cls(sorted(ids, key=lambda piece: ids[piece]), prompt)
+
+    def save(self, path: Path) -> None:
+        path.write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
+
+    def pack(self, captions: Sequence[str], max_tokens: int) -> PackedRow:
+        """Pack captions into one row; each is [DEC] prompt words, its labels prompt words [SEP] with the prompt masked.
+
+        A caption longer than ``max_tokens`` (begin token and prompt included) is cut, and then has no [SEP] to learn.
+        """
+        tokens: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        segments: list[int] = []
+        for segment, caption in enumerate(captions):
+            ids = [*self.prefix, *self._ids(caption), self.end_id][: max_tokens + 1]
+            following = [IGNORE if i < len(self.prefix) else token for i, token in enumerate(ids)][1:]
+            tokens += ids[:-1]
+            labels += following
+            positions += range(len(following))
+            segments += [segment] * len(following)
+        return PackedRow(*(np.asarray(column, dtype=np.int64) for column in (tokens, labels, positions, segments)))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Words of a generated row: begin token, prompt, padding and all behind [SEP] left out."""
+        words = list(ids)
+        if words[: len(self.prefix)] == self.prefix:
+            words = words[len(self.prefix) :]
+        if self.end_id in words:
+            words = words[: words.index(self.end_id)]
+        text = str(self._tokenizer.decode([word for word in words if word not in self._special]))
+        # BERT splits at an apostrophe; transformers' clean-up, which BLIP's captions go through, joins it again.
+        return text.replace(" ' ", "'")
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def pad_rows(rows: Sequence[PackedRow], pad_id: int) -> PackedRow:
+    """Stack rows to (B, T), T the longest: padding has label IGNORE and a segment of its own, -1."""
+    longest = max(len(row.tokens) for row in rows)
+
+    def stack(name: str, fill: int) -> NDArray[np.int64]:
+        columns = [getattr(row, name) for row in rows]
+        return np.stack([np.pad(column, (0, longest - len(column)), constant_values=fill) for column in columns])
+
+    return PackedRow(stack("tokens", pad_id), stack("labels", IGNORE), stack("positions", 0), stack("segments", -1))
+
+
+def _bert_pipeline(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
