@@ -1,0 +1,64 @@
+"""The whole model: frozen encoder, projection, decoder. Shapes as in those three files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pvtcap.config import Config, EvaluateConfig
+from pvtcap.decoder import Decoder
+from pvtcap.encoder import Encoder
+from pvtcap.projection import Projection
+from pvtcap.stream import Batch
+from pvtcap.text import CaptionTokenizer
+
+
+class Captioner(nn.Module):
+    """Built with new weights; ``weights`` fills them. ``train.what`` decides which parameters ask for gradients."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__()
+        torch.manual_seed(config.run.seed)
+        model = config.model
+        self.encoder = Encoder(model.encoder, model.encoder_stages)
+        self.projection = Projection(model.projection, self.encoder.width, model.decoder_width)
+        self.decoder = Decoder(model, vocab_size, config.optim.label_smoothing)
+        self._freeze(config.train.what.split("+"))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies of the batch's labels (nats): divide by a count of labels outside."""
+        patches = self.patches(batch.photos)
+        return self.decoder(patches, batch.tokens, batch.labels, batch.positions, batch.segments)  # type: ignore[no-any-return]
+
+    def patches(self, photos_B3HW: Tensor) -> Tensor:
+        """uint8 photos → what the decoder attends to, (B, P, D)."""
+        with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
+            features_BEhw = self.encoder(photos_B3HW)
+        return self.projection(features_BEhw)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def caption(self, photos_B3HW: Tensor, tokenizer: CaptionTokenizer, how: EvaluateConfig) -> list[str]:
+        """One caption a photo, by beam search. The module must be whole (no ZeRO-3) and in eval mode."""
+        rows = self.decoder.generate(
+            self.patches(photos_B3HW), tokenizer.prefix, tokenizer.end_id, tokenizer.pad_id, how
+        )
+        return [tokenizer.decode(row) for row in rows.tolist()]
+
+    def train(self, mode: bool = True) -> Captioner:
+        """A frozen encoder stays in eval mode: it must give the same features in training as in evaluation."""
+        super().train(mode)
+        self.encoder.train(mode and self.encoder_trains)
+        return self
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name; a shared one (BERT's tied embedding) once."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _freeze(self, learning: list[str]) -> None:
+        self.encoder_trains = "encoder" in learning
+        self.encoder.requires_grad_(self.encoder_trains)
+        if "decoder" not in learning:
+            self.decoder.requires_grad_(False)
+        if "cross_attention" in learning:
+            for parameter in self.decoder.cross_attention_parameters():
+                parameter.requires_grad_(True)

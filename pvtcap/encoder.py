@@ -1,0 +1,58 @@
+"""The PVT v2 encoder (timm), headless: photos to a grid of features.
+
+Shapes: B batch, H W image side in pixels, P = (H / stride)² patches, E encoder width.
+Source: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", 2022; timm's ``pvt_v2_b0`` … ``b5``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from pvtcap.errors import ConfigError, did_you_mean
+
+
+class Encoder(nn.Module):
+    """``stages`` 4 gives patches of 32 px, 3 of 16 px, 2 of 8 px. ``width`` is E, read from timm, never assumed."""
+
+    def __init__(self, name: str, stages: int = 4) -> None:
+        super().__init__()
+        known = timm.list_models("pvt_v2_*")
+        if name not in known:
+            raise ConfigError(
+                "not a PVT v2 encoder of timm",
+                where="model.encoder",
+                got=name,
+                do=did_you_mean(name, known) or f"Known: {', '.join(known)}.",
+            )
+        self.name = name
+        self.pvt: Any
+        pvt: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        pvt.stages = pvt.stages[:stages]
+        del pvt.head_drop, pvt.head
+        self.width: int = pvt.feature_info[stages - 1]["num_chs"]
+        self.mean: Tensor
+        self.std: Tensor
+        mean, std = pvt.pretrained_cfg["mean"], pvt.pretrained_cfg["std"]
+        self.pvt = pvt
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, photos_B3HW: Tensor) -> Tensor:
+        """uint8 photos (B, 3, H, W) → features (B, E, H / stride, W / stride), in the parameters' dtype."""
+        dtype = self.pvt.patch_embed.proj.weight.dtype
+        normalised = (photos_B3HW.float() - self.mean) / self.std
+        features: Tensor = self.pvt.stages(self.pvt.patch_embed(normalised.to(dtype)))
+        return features
+
+    def fingerprint(self) -> str:
+        """sha256 over names, shapes and float32 values: the identity of frozen weights that no checkpoint carries."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.pvt.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
