@@ -1,0 +1,220 @@
+"""Train a Captioner. Takes a Config and a World, leaves a run folder; knows nothing of captions' scores.
+
+    with World.start() as world:
+        run(config, world, resume="auto", evaluate=None)
+
+``evaluate``, if given, is called on all ranks with the folder of a checkpoint just written, and gives rank 0 scores and
+a picture; ``cli`` passes it in.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pvtcap import checkpoint, weights
+from pvtcap.captioner import Captioner
+from pvtcap.config import BatchPlan, Config, batch_plan
+from pvtcap.dist import World
+from pvtcap.engine import Engine, deepspeed_dict, lr_scale
+from pvtcap.errors import ConfigError, TrainError
+from pvtcap.monitor import Monitor, StepStats
+from pvtcap.shardset import ShardSet
+from pvtcap.stream import Batch, View, train_batches, whole_batches
+from pvtcap.text import CaptionTokenizer
+
+Evaluate = Callable[[Path], tuple[dict[str, float | None], Path | None]]
+
+
+def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluate | None = None) -> None:
+    """Train to the end, or from the last checkpoint to the end. Every rank calls it."""
+    job = prepare(config, world, resume)
+    engine = Engine(job.model, config, job.plan, world)
+    if job.resumed is not None:
+        engine.load(str(job.resumed.path), checkpoint.ENGINE)
+    batches = train_batches(job.train, job.plan, world, seed=config.run.seed, first_step=job.start_step)
+    with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
+        monitor.say(job.summary(config, world))
+        if job.start_step == 0:
+            look(engine, job, config, world, monitor, 0, evaluate)
+        for step in range(job.start_step + 1, job.total_steps + 1):
+            scale = lr_scale(step, job.total_steps, config.optim)
+            monitor.step(step, train_step(engine, batches, job.plan, world, step=step, scale=scale))
+            look(engine, job, config, world, monitor, step, evaluate)
+        monitor.say(f"done: {job.total_steps} steps; {config.run.dir}")
+
+
+def train_step(
+    engine: Engine, batches: Iterator[Batch], plan: BatchPlan, world: World, *, step: int, scale: float
+) -> StepStats:
+    """One optimizer step on one global batch. The loss is a sum over tokens divided by the global token count."""
+    started = time.perf_counter()
+    micro_batches = [next(batches) for _ in range(plan.accumulation)]
+    waited = time.perf_counter() - started
+    counts = world.sum([sum(b.num_labels for b in micro_batches), sum(b.num_captions for b in micro_batches)])
+    num_labels, num_captions = map(int, counts)
+    local_sum = 0.0
+    for turn, batch in enumerate(micro_batches):
+        if turn:
+            engine.accumulate()
+        torch.manual_seed(dropout_seed(engine.config.run.seed, step, turn, world.rank))
+        local_sum += engine.forward_backward(batch, scale=1 / num_labels)
+    (loss_sum,) = world.sum([local_sum])
+    if not math.isfinite(loss_sum):
+        stop_not_finite(world, step, local_sum, micro_batches)
+    grad_norm = engine.step(scale)
+    return StepStats(
+        loss=loss_sum / num_labels,
+        grad_norm=grad_norm,
+        lr=engine.config.optim.lr * scale,
+        photos=plan.global_batch,
+        captions=num_captions,
+        tokens=num_labels,
+        seconds=time.perf_counter() - started,
+        data_wait_seconds=waited,
+    )
+
+
+def look(
+    engine: Engine, job: Job, config: Config, world: World, monitor: Monitor, step: int, evaluate: Evaluate | None
+) -> None:
+    """What is due after a step: validation loss, a checkpoint, captions and their scores."""
+    last = step == job.total_steps
+    if job.val is not None and due(config.train.val_every_steps, step, last):
+        monitor.val(step, val_loss(engine, job.val, world, job.plan.micro_batch))
+    scoring = (
+        evaluate is not None
+        and job.val is not None
+        and (due(config.evaluate.every_steps, step, last) if step else config.evaluate.at_start)
+    )
+    if scoring or (step and (last or due(config.checkpoint.every_steps, step, last))):
+        folder = checkpoint.save(
+            engine,
+            job.train.tokenizer,
+            config,
+            job.plan,
+            world,
+            step=step,
+            train_samples=job.train.shardset.num_samples,
+            encoder_sha256=job.encoder_sha256,
+        )
+        if scoring and evaluate is not None:
+            scores, sheet = evaluate(folder)
+            monitor.scores(step, scores, sheet)
+
+
+def val_loss(engine: Engine, val: View, world: World, micro_batch: int) -> float:
+    """Mean loss (nats a token) over the whole set, each sample exactly once, at any world size."""
+    loss_sum, num_labels = 0.0, 0
+    for batch in whole_batches(val, micro_batch, world, even=True):
+        loss_sum += engine.loss_sum(batch)
+        num_labels += batch.num_labels
+    loss_sum, num_labels_all = world.sum([loss_sum, num_labels])
+    return loss_sum / num_labels_all
+
+
+def due(every_steps: int | None, step: int, last: bool) -> bool:
+    """Is something with this cadence due after ``step``? A cadence that is set is also due at the start and the end."""
+    return every_steps is not None and (last or step % every_steps == 0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs before it has an engine; equal on all ranks."""
+
+    plan: BatchPlan
+    train: View
+    val: View | None
+    model: Captioner
+    encoder_sha256: str | None
+    resumed: checkpoint.Checkpoint | None
+    total_steps: int
+
+    @property
+    def start_step(self) -> int:
+        return self.resumed.manifest.step if self.resumed else 0
+
+    def summary(self, config: Config, world: World) -> str:
+        learning = sum(parameter.numel() for parameter in self.model.trainable().values())
+        begin = f"going on from step {self.start_step} of" if self.resumed else "training"
+        return (
+            f"{begin} {self.total_steps} steps: {self.train.shardset.num_samples:,} photos, global batch "
+            f"{self.plan.global_batch} = {self.plan.micro_batch} × {world.size} ranks × {self.plan.accumulation}, "
+            f"{world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
+            + (f", {learning:,} parameters learn ({config.train.what})" if learning else "")
+        )
+
+
+def prepare(config: Config, world: World, resume: str) -> Job:
+    """Open data, find the checkpoint, build the model; everything that can be wrong is found here, before step 1."""
+    plan = batch_plan(config.data, world.size)
+    if config.data.train is None:
+        raise ConfigError("no training data", where="data.train", do="Give a shard folder: data.train=DIR.")
+    shardset = world.on_first_rank(lambda: ShardSet.open(Path(str(config.data.train))))
+    val_set = world.on_first_rank(lambda: ShardSet.open(config.data.val) if config.data.val else None)
+    total_steps = length(config, shardset.num_samples)
+    resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
+    if resumed is not None:
+        checkpoint.check_resumable(resumed, config, world, shardset.num_samples)
+        tokenizer = resumed.tokenizer()
+    else:
+        tokenizer = world.on_first_rank(lambda: make_tokenizer(config, shardset))
+    model = Captioner(config, tokenizer.size)
+    frozen_encoder = not model.encoder_trains
+    weights.load_encoder(model, config)
+    if resumed is None or "decoder" not in config.train.what:
+        weights.load_decoder(model, config)
+    if resumed is not None and frozen_encoder:
+        checkpoint.check_encoder(model, resumed.manifest, resumed.path)
+    views = [
+        View(part, config.data, tokenizer, config.text.max_tokens) if part else None for part in (shardset, val_set)
+    ]
+    assert views[0] is not None
+    encoder_sha256 = model.encoder.fingerprint() if frozen_encoder else None
+    return Job(plan, views[0], views[1], model, encoder_sha256, resumed, total_steps)
+
+
+def length(config: Config, train_samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    if config.train.epochs is None:
+        raise ConfigError("no length", where="train", do="Set train.epochs or train.steps.")
+    return math.ceil(config.train.epochs * train_samples / config.data.global_batch)
+
+
+def make_tokenizer(config: Config, shardset: ShardSet) -> CaptionTokenizer:
+    """The vocabulary ``text.vocab`` names, or one learned from the training captions."""
+    if config.text.vocab != "train":
+        return weights.load_vocab(config.text)
+    captions = (caption for group in shardset.captions() for caption in group)
+    return CaptionTokenizer.train(captions, config.text.vocab_size, config.text.prompt)
+
+
+def dropout_seed(seed: int, step: int, turn: int, rank: int) -> int:
+    """Dropout of one micro-batch, as a function of where it stands: nothing to save, nothing to restore."""
+    value = 0
+    for part in (seed, step, turn, rank):
+        value = (value * 1_000_003 + part + 1) % 2**63
+    return value
+
+
+def stop_not_finite(world: World, step: int, local_sum: float, micro_batches: list[Batch]) -> None:
+    """All ranks stop before the optimizer moves; the error names the batches whose loss was not finite."""
+    mine = [] if math.isfinite(local_sum) else [s.key for batch in micro_batches for s in batch.samples]
+    keys = world.gather(mine)
+
+    def fail() -> None:
+        named = [key for part in keys or [] for key in part]
+        raise TrainError(
+            f"the loss of step {step} is not finite; no weight was changed by it",
+            got=", ".join(named[:64]),
+            do="Lower optim.lr, lengthen optim.warmup_steps, or look at these samples.",
+        )
+
+    world.on_first_rank(fail)
