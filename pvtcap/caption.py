@@ -1,0 +1,57 @@
+"""Captions for a user's own photos: files, folders, members of tars."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from pvtcap import pixels
+from pvtcap.checkpoint import Checkpoint
+from pvtcap.config import EvaluateConfig
+from pvtcap.errors import ShardError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def find_photos(places: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """(name, encoded bytes) of each photo; a folder gives those below it by name, a tar its members in order."""
+    for place in places:
+        if place.is_dir():
+            below = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
+            if not below:
+                raise ShardError("no photo in this folder", where=place, wanted=", ".join(SUFFIXES))
+            yield from ((str(path), path.read_bytes()) for path in below)
+        elif not place.is_file():
+            raise ShardError("no such photo, folder or tar", where=place)
+        elif place.suffix.lower() == ".tar":
+            yield from _members(place)
+        else:
+            yield str(place), place.read_bytes()
+
+
+def caption_photos(
+    checkpoint: Checkpoint, photos: Sequence[tuple[str, bytes]], how: EvaluateConfig, device: torch.device
+) -> Iterator[tuple[str, bytes, str]]:
+    """(name, encoded bytes, caption). All photos are decoded first: a bad one stops before anything is printed."""
+    side_px = checkpoint.config.data.image_px
+    squares = [pixels.square(pixels.decode(encoded, name), side_px) for name, encoded in photos]
+    model, tokenizer = checkpoint.captioner(device), checkpoint.tokenizer()
+    for start in range(0, len(photos), how.micro_batch):
+        stop = start + how.micro_batch
+        captions = model.caption(torch.stack(squares[start:stop]).to(device), tokenizer, how)
+        for (name, encoded), text in zip(photos[start:stop], captions, strict=True):
+            yield name, encoded, text
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.name.lower().endswith(SUFFIXES) else None
+                if file is not None:
+                    yield f"{path}:{member.name}", file.read()
+    except tarfile.TarError as error:
+        raise ShardError(f"not a readable tar ({error})", where=path) from None
