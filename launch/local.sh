@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Run any pvtcap command on this machine with NPROC processes (default: one a GPU, or 1):
+#
+#     NPROC=8 launch/local.sh train configs/flickr30k.yaml optim.lr=1e-4
+#
+# The words behind the script are pvtcap's own. Each process gets its share of the cores.
+set -euo pipefail
+
+python=${PYTHON:-python3}
+if [ -z "${NPROC:-}" ]; then
+    NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    [ "$NPROC" -gt 0 ] || NPROC=1
+fi
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+
+if [ "$NPROC" -eq 1 ]; then
+    exec "$python" -m pvtcap "$@"
+fi
+# --standalone finds a free port, so two runs on one machine never meet.
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m pvtcap "$@"

@@ -1,0 +1,214 @@
+"""The ``pvtcap`` command. Imports are inside the commands: ``pvtcap --help`` loads no torch.
+
+A PvtcapError becomes one line on standard error and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pvtcap import __version__
+from pvtcap.errors import ConfigError, PvtcapError
+
+app = typer.Typer(
+    name="pvtcap",
+    help="Train and evaluate image captioners on WebDataset shards, on one CPU or many GPU nodes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``pvtcap`` and ``python -m pvtcap``."""
+    try:
+        app()
+    except PvtcapError as error:
+        if not error.told:
+            rank = os.environ.get("RANK", "0")
+            print(f"pvtcap: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+        # Under torchrun other ranks may sit in a collective that will never end, and so may this one's threads.
+        sys.stdout.flush()
+        os._exit(2) if "TORCHELASTIC_RUN_ID" in os.environ else sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command(context_settings=PASS_ON)
+def shards(context: typer.Context) -> None:
+    """Build shards (BUILDER … --out DIR), or check them (verify DIR). --help lists the builders."""
+    from pvtcap import recipes
+
+    words = context.args
+    if not words or words[0] in ("-h", "--help"):
+        names = sorted(path.stem.replace("_", "-") for path in (recipes.root() / "shards").glob("*.py"))
+        typer.echo("usage: pvtcap shards BUILDER [OPTIONS] --out DIR\n       pvtcap shards verify DIR\n")
+        typer.echo(f"builders: {', '.join(names)}\n\n'pvtcap shards BUILDER --help' explains each.")
+        return
+    if words[0] == "verify":
+        verify_shards(words[1:])
+        return
+    script = recipes.find_builder(words[0])
+    sys.argv = [f"pvtcap shards {words[0]}", *words[1:]]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def verify_shards(words: list[str]) -> None:
+    """Read every byte of a ShardSet; exit code 1 and a table when something is wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pvtcap.shardverify import verify
+
+    if len(words) != 1:
+        raise ConfigError("verify takes one shard folder", got=" ".join(words) or "none")
+    problems = verify(Path(words[0]))
+    if not problems:
+        typer.echo(f"{words[0]}: every byte read, nothing wrong")
+        return
+    table = Table("shard", "key", "problem", title=f"{len(problems)} problems in {words[0]}")
+    for problem in problems:
+        table.add_row(problem.shard, problem.key, problem.problem)
+    Console().print(table)
+    raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped one: flickr30k.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on if the run folder has a checkpoint; none; or a PATH.")
+    ] = "auto",
+) -> None:
+    """Train; also under torchrun and srun, with the same words."""
+    from pvtcap.config import load
+
+    loaded = load(config, overrides or [])
+    from pvtcap import evaluate as evaluation
+    from pvtcap import train as training
+    from pvtcap.dist import World
+
+    with World.start() as world:
+
+        def evaluate_step(checkpoint: Path) -> tuple[dict[str, float | None], Path | None]:
+            assert loaded.data.val is not None, "train asks for scores only where there is data.val"
+            out = loaded.run.dir / "eval" / checkpoint.name
+            report = evaluation.run(
+                checkpoint, loaded.data.val, out, world, loaded.evaluate, blank_photos=loaded.data.blank_photos
+            )
+            return ({} if report is None else report["scores"]), out / evaluation.SHEET
+
+        training.run(loaded, world, resume=resume, evaluate=evaluate_step)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")],
+    data: Annotated[Path, typer.Option(help="ShardSet folder with reference captions.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, scores.json and captions.png.")],
+    num_beams: Annotated[int | None, typer.Option(min=1)] = None,
+    max_length: Annotated[int | None, typer.Option(min=2)] = None,
+    min_length: Annotated[int | None, typer.Option(min=0)] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1)] = None,
+    blank_photos: Annotated[bool, typer.Option(help="Show the model grey pictures instead.")] = False,
+) -> None:
+    """Caption a whole ShardSet and score it, on any number of ranks. Unset options are the checkpoint's."""
+    from pvtcap import evaluate as evaluation
+    from pvtcap.checkpoint import Checkpoint
+    from pvtcap.dist import World
+
+    given = {"num_beams": num_beams, "max_length": max_length, "min_length": min_length, "micro_batch": micro_batch}
+    how = Checkpoint.open(checkpoint).config.evaluate.model_copy(
+        update={name: value for name, value in given.items() if value is not None}
+    )
+    with World.start() as world:
+        report = evaluation.run(checkpoint, data, out, world, how, blank_photos=blank_photos)
+    if report is not None:
+        print_scores(report, out)
+
+
+def print_scores(report: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{report['checkpoint']} on {report['data']}" + (", photos blanked" if report["blank_photos"] else "")
+    table = Table("metric", "value", title=title)
+    for name, value in report["scores"].items():
+        table.add_row(name, f"{value:.4f}" if value is not None else f"unavailable: {report['unavailable'][name]}")
+    table.add_section()
+    table.add_row("photos", f"{report['num_photos']:,}")
+    for name, value in report["statistics"].items():
+        table.add_row(name, f"{value:,.4g}")
+    console = Console()
+    console.print(table)
+    console.print(f"{out}: results.json, scores.json, captions.png", highlight=False)
+
+
+@app.command()
+def caption(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")],
+    photos: Annotated[list[Path], typer.Argument(help="Photos, folders of photos, or tars.")],
+    num_beams: Annotated[int | None, typer.Option(min=1)] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Also draw a PNG of the photos with their captions.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+) -> None:
+    """Caption your own photos; prints one line each: name, tab, caption."""
+    from pvtcap import sheet as drawing
+    from pvtcap.caption import caption_photos, find_photos
+    from pvtcap.checkpoint import Checkpoint
+    from pvtcap.dist import World
+
+    opened = Checkpoint.open(checkpoint)
+    found = list(find_photos(photos))
+    how = opened.config.evaluate
+    if num_beams is not None:
+        how = how.model_copy(update={"num_beams": num_beams})
+    entries = []
+    for name, photo, text in caption_photos(opened, found, how, World.alone(device).device):
+        typer.echo(f"{name}\t{text}")
+        entries.append(drawing.Entry(photo, text, name))
+    if sheet is not None:
+        drawing.draw(entries, sheet)
+        typer.echo(f"drawn: {sheet}", err=True)
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="Such as configs/flickr30k.yaml or launch/local.sh.")],
+    to: Annotated[Path, typer.Argument(help="A folder or a new name.")] = Path(),
+) -> None:
+    """Copy a shipped builder, launcher or configuration, to change it."""
+    from pvtcap import recipes
+
+    typer.echo(recipes.copy(name, to))
+
+
+@app.command()
+def where(name: Annotated[str, typer.Argument(help="Such as launch/local.sh.")]) -> None:
+    """Print where a shipped file lies, in a checkout or an installed wheel."""
+    from pvtcap import recipes
+
+    typer.echo(recipes.find(name))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pvtcap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Options of pvtcap itself."""
