@@ -6,7 +6,9 @@
 # The words behind the script are pvtcap's own. Each process gets its share of the cores.
 set -euo pipefail
 
-python=${PYTHON:-python3}
+here=$(dirname "$0")
+python=${PYTHON:-$here/../.venv/bin/python}
+[ -x "$python" ] || [ -n "${PYTHON:-}" ] || python=python3
 if [ -z "${NPROC:-}" ]; then
     NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
     [ "$NPROC" -gt 0 ] || NPROC=1
@@ -18,4 +20,4 @@ if [ "$NPROC" -eq 1 ]; then
     exec "$python" -m pvtcap "$@"
 fi
 # --standalone finds a free port, so two runs on one machine never meet.
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m pvtcap "$@"
+exec "$python" "$here/torchrun.py" --standalone --nproc-per-node "$NPROC" -m pvtcap "$@"

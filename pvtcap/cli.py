@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -134,24 +134,31 @@ def evaluate(
     with World.start() as world:
         report = evaluation.run(checkpoint, data, out, world, how, blank_photos=blank_photos)
     if report is not None:
-        print_scores(report, out)
+        from rich.console import Console
+
+        from pvtcap.scoretable import score_table
+
+        title = f"{report['checkpoint']} on {report['data']}" + (", photos blanked" if blank_photos else "")
+        console = Console()
+        console.print(score_table({"value": report}, title))
+        console.print(f"{out}: results.json, scores.json, captions.jsonl, captions.png", highlight=False)
 
 
-def print_scores(report: dict[str, Any], out: Path) -> None:
+@app.command()
+def compare(
+    evaluations: Annotated[list[str], typer.Argument(help="Evaluation folders, or NAME=FOLDER for the heading.")],
+) -> None:
+    """Show the scores of several evaluations side by side."""
     from rich.console import Console
-    from rich.table import Table
 
-    title = f"{report['checkpoint']} on {report['data']}" + (", photos blanked" if report["blank_photos"] else "")
-    table = Table("metric", "value", title=title)
-    for name, value in report["scores"].items():
-        table.add_row(name, f"{value:.4f}" if value is not None else f"unavailable: {report['unavailable'][name]}")
-    table.add_section()
-    table.add_row("photos", f"{report['num_photos']:,}")
-    for name, value in report["statistics"].items():
-        table.add_row(name, f"{value:,.4g}")
-    console = Console()
-    console.print(table)
-    console.print(f"{out}: results.json, scores.json, captions.png", highlight=False)
+    from pvtcap.scoretable import read_report, score_table
+
+    reports = {}
+    for word in evaluations:
+        name, equals, folder = word.partition("=")
+        path = Path(folder if equals else word)
+        reports[name if equals else path.name] = read_report(path)
+    Console().print(score_table(reports))
 
 
 @app.command()

@@ -22,15 +22,16 @@ from pvtcap.stream import Batch
 
 def deepspeed_dict(config: Config, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's own configuration; written to the run folder as ``deepspeed.json``."""
+    bf16 = config.precision == "bf16"
     return {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {"stage": config.zero.stage},
-        "bf16": {"enabled": config.precision == "bf16"},
-        # Sums of many small gradients: in bf16 the later ones would be rounded away.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": bf16},
+        # Sums of many small gradients: in bf16 the later ones would be rounded away. ZeRO-0 offers nothing else.
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 and config.zero.stage == 0 else "fp32"},
         "steps_per_print": 10**9,  # the monitor prints
     }
 
@@ -96,8 +97,15 @@ class Engine:
         assert self.deepspeed.is_gradient_accumulation_boundary()
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
+        # ZeRO-0 in float32 has torch's own optimizer, which does not tell; clipping changes the gradients in step().
+        untold = self._gradient_norm() if self.config.zero.stage == 0 and self.config.precision == "fp32" else 0.0
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm())
+        told = self.deepspeed.get_global_grad_norm()
+        return untold if told is None else float(told)
+
+    def _gradient_norm(self) -> float:
+        gradients = [parameter.grad for parameter in self._trainable.values() if parameter.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:

@@ -23,10 +23,11 @@ from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import EvaluateConfig
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError
+from pvtcap.scoretable import SCORES
 from pvtcap.shardset import ShardReader, ShardSet, write_json
 from pvtcap.stream import View, whole_batches
 
-RESULTS, SCORES, CAPTIONS, SHEET = "results.json", "scores.json", "captions.jsonl", "captions.png"
+RESULTS, CAPTIONS, SHEET = "results.json", "captions.jsonl", "captions.png"
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,16 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, prompt: str = "") -> CaptionTokenizer:
-        """Learn a WordPiece vocabulary of at most ``vocab_size`` pieces from captions."""
-        tokenizer = _bert_pipeline(Tokenizer(WordPiece(unk_token="[UNK]")))
-        trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False)
+        """Learn a WordPiece vocabulary of at most ``vocab_size`` pieces: the same captions give the same pieces."""
         # The prompt's pieces are in every row whether or not a caption uses them.
-        tokenizer.train_from_iterator([prompt, *captions], trainer)
+        texts = [prompt, *captions]
+        tokenizer = _bert_pipeline(Tokenizer(WordPiece(unk_token="[UNK]")))
+        letters = sorted({letter for text in texts for letter in tokenizer.normalizer.normalize_str(text)} - {" "})
+        # The trainer numbers "##x" in the order of a hash map, another one in each run, and breaks ties by number.
+        # Numbering them first, as special tokens, takes chance out of it.
+        fixed = [*_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+        trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
         ids = tokenizer.get_vocab()
         return cls(sorted(ids, key=lambda piece: ids[piece]), prompt)
 

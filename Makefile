@@ -1,0 +1,40 @@
+# make demo    set up .venv and run the main job on drawn shapes: shards, training, evaluation, captions
+# make test    set up .venv and run the whole test suite
+# make check   lint, formatting, types, and the rule of which module may import which
+# make fix     apply what the linter and the formatter can mend
+# make clean   remove what demo made; the .venv stays
+
+# The python that .venv is made from.
+PYTHON3 ?= python3
+export PYTHON := .venv/bin/python
+# Nothing is fetched from a model hub: what demo and the tests need, they make.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test check fix clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml launch/preflight.py
+	$(PYTHON3) launch/preflight.py
+	$(PYTHON3) -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: setup
+	launch/demo.sh
+
+test: setup
+	$(PYTHON) -m pytest
+
+check: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q tests/test_layers.py
+
+fix: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:
+	rm -rf data/shapes-train data/shapes-val runs/shapes

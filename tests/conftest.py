@@ -1,0 +1,106 @@
+"""What several test files need: a small ShardSet of shapes, a configuration that trains in seconds, and real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvtcap.config import Config, parse
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
+ROOT = Path(__file__).parents[1]
+
+
+def build_shapes(out: Path, split: str, num_samples: int, samples_per_shard: int) -> Path:
+    main = runpy.run_path(str(ROOT / "shards" / "shapes.py"))["main"]
+    words = {"--split": split, "--num-samples": num_samples, "--samples-per-shard": samples_per_shard}
+    options = [str(part) for pair in words.items() for part in pair]
+    main([*options, "--image-px", "32", "--processes", "1", "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two ShardSets: train (48 photos, uneven shards of 20, 20 and 8) and val (11 photos, one shard)."""
+    folder = tmp_path_factory.mktemp("shapes")
+    build_shapes(folder / "train", "train", 48, 20)
+    build_shapes(folder / "val", "val", 11, 20)
+    return folder
+
+
+def tiny_tree(shapes: Path, run: Path) -> dict[str, Any]:
+    """The smallest configuration that has every part; a tree of plain values, as YAML would give it."""
+    return {
+        "run": {"dir": str(run)},
+        "data": {
+            "train": str(shapes / "train"),
+            "val": str(shapes / "val"),
+            "global_batch": 8,
+            "captions_per_photo": 2,
+            "image_px": 32,
+            "workers": 0,
+        },
+        "text": {"vocab": "train", "vocab_size": 200, "prompt": "", "max_tokens": 24},
+        "model": {
+            "encoder": "pvt_v2_b0",
+            "encoder_weights": "scratch",
+            "encoder_stages": 2,
+            "projection": "linear",
+            "decoder": "scratch",
+            "decoder_layers": 1,
+            "decoder_width": 32,
+            "decoder_heads": 2,
+            "decoder_feedforward": 64,
+            "decoder_positions": 32,
+        },
+        "train": {"what": "projection+decoder+encoder", "steps": 6, "log_every_steps": 1},
+        "optim": {"lr": 2e-3, "warmup_steps": 2},
+        "evaluate": {"num_beams": 2, "micro_batch": 4},
+    }
+
+
+@pytest.fixture
+def tree(shapes: Path, tmp_path: Path) -> dict[str, Any]:
+    return tiny_tree(shapes, tmp_path / "run")
+
+
+@pytest.fixture
+def config(tree: dict[str, Any]) -> Config:
+    return parse(tree, "test")
+
+
+RankFunction = Callable[..., list[Any]]
+
+
+def torchrun(num_ranks: int, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``words`` under our torchrun with this many ranks, one thread each."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node"]
+    command = [*launcher, str(num_ranks), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> RankFunction:
+    """``run_ranks("test_engine:losses", 2, **arguments)``: call a function on real ranks; what each of them returned.
+
+    The function takes a World and plain values, and gives plain values. A failure shows what the ranks printed.
+    """
+
+    def call(function: str, num_ranks: int, **arguments: Any) -> list[Any]:
+        out = tmp_path / f"{function.replace(':', '-')}-{num_ranks}.json"
+        program = str(ROOT / "tests" / "ranks.py")
+        done = torchrun(num_ranks, program, function, json.dumps(arguments), str(out))
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        results: list[Any] = json.loads(out.read_text())
+        return results
+
+    return call

@@ -1,0 +1,229 @@
+"""pytest tests/test_captioner.py: the encoder, the projection and the decoder, alone and together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel
+
+from pvtcap.captioner import Captioner
+from pvtcap.config import Config, EvaluateConfig, ModelConfig, parse
+from pvtcap.decoder import Decoder, packed_mask
+from pvtcap.encoder import Encoder
+from pvtcap.errors import ConfigError
+from pvtcap.projection import Projection
+from pvtcap.stream import Batch
+from pvtcap.text import CaptionTokenizer, pad_rows
+
+WORDS = ["a", "red", "blue", "green", "large", "small", "circle", "square", "star", "on", "the", "left", "right", "top"]
+TOKENIZER = CaptionTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS], prompt="a")
+CAPTIONS = [
+    ["red circle on the left", "large red circle", "circle"],
+    ["blue star", "small blue star on the right top", "the star on the right"],
+]
+
+
+def batch(groups: list[list[str]], photos: torch.Tensor) -> Batch:
+    rows = pad_rows([TOKENIZER.pack(group, 20) for group in groups], TOKENIZER.pad_id)
+    tensors = {name: torch.from_numpy(getattr(rows, name)) for name in ("tokens", "labels", "positions", "segments")}
+    return Batch(photos=photos, samples=(), num_captions=sum(map(len, groups)), **tensors)
+
+
+@pytest.fixture
+def photos() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def model_of(tree: dict[str, Any], **sections: dict[str, Any]) -> Captioner:
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return Captioner(parse(tree, "test"), TOKENIZER.size)
+
+
+def loss_and_gradients(model: Captioner, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for one in batches:
+        loss = model(one)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
+
+
+def test_packed_captions_give_the_loss_and_the_gradients_of_unpacked_rows(
+    tree: dict[str, Any], photos: torch.Tensor
+) -> None:
+    # float64 all through but for the normalised photo and the cross-entropy, which are float32 on both sides.
+    model = model_of(tree, model={"dropout": 0.0}).double().eval()
+    packed = batch(CAPTIONS, photos)
+    unpacked = [batch([[caption]], photos[row : row + 1]) for row, group in enumerate(CAPTIONS) for caption in group]
+    assert packed.num_labels == sum(one.num_labels for one in unpacked)
+    loss, gradients = loss_and_gradients(model, [packed])
+    expected_loss, expected = loss_and_gradients(model, unpacked)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert gradients.keys() == expected.keys()
+    assert any(name.startswith("encoder.") for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+        if not name.endswith("key.bias"):  # softmax does not see a constant added to all keys
+            assert gradient.abs().max() > 0, name
+
+
+def test_a_token_sees_its_own_caption_up_to_itself_and_padding_sees_something() -> None:
+    mask = packed_mask(torch.tensor([[0, 0, 1, 1, -1]]))[0, 0].int().tolist()
+    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+
+
+def test_a_caption_changed_in_a_row_changes_no_other_captions_loss(tree: dict[str, Any], photos: torch.Tensor) -> None:
+    model = model_of(tree).eval()
+
+    @torch.no_grad()
+    def first_caption_alone(second: str) -> float:
+        both = batch([["red circle", second]], photos[:1])
+        labels = both.labels.clone()
+        labels[both.segments != 0] = -100
+        return float(model.decoder(model.patches(both.photos), both.tokens, labels, both.positions, both.segments))
+
+    assert first_caption_alone("blue star on the left") == first_caption_alone("green star on the left")
+    # The photo, on the other hand, matters.
+    with torch.no_grad():
+        one, other = (float(model(batch([["red circle"]], photos[row : row + 1]))) for row in (0, 1))
+    assert one != other
+
+
+def test_parameter_counts_are_those_of_the_published_parts() -> None:
+    with torch.device("meta"):
+        projection = Projection("conv3x3", 512, 768)
+        decoder = Decoder(ModelConfig(), vocab_size=30524)
+    encoder = Encoder("pvt_v2_b1")
+    assert encoder.width == 512
+    assert sum(p.numel() for p in encoder.parameters()) == 13_496_000
+    assert sum(p.numel() for p in projection.parameters()) == 3_539_712
+    # 109.5M of BERT-base with a tied head, 28.4M of cross-attention.
+    assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(137.9e6, rel=5e-4)
+    cross = sum(p.numel() for p in decoder.cross_attention_parameters())
+    assert cross == pytest.approx(28.4e6, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "width"), [("pvt_v2_b0", 256), ("pvt_v2_b1", 512)])
+def test_the_encoders_grid_and_width(name: str, width: int, photos: torch.Tensor) -> None:
+    assert Encoder(name).eval()(photos).shape == (2, width, 1, 1)
+    assert Encoder(name, stages=2).eval()(photos).shape[2:] == (4, 4)
+
+
+def test_an_encoder_that_is_not_one() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'pvt_v2_b1'"):
+        Encoder("pvt_v2_b11")
+
+
+@pytest.mark.parametrize("kind", ["conv3x3", "linear", "mlp"])
+def test_projections_give_patches(kind: str) -> None:
+    assert Projection(kind, 16, 24)(torch.rand(2, 16, 3, 5)).shape == (2, 15, 24)
+
+
+WHAT = {
+    "projection": {"projection"},
+    "projection+cross_attention": {"projection", "cross"},
+    "projection+decoder": {"projection", "cross", "decoder"},
+    "projection+decoder+encoder": {"projection", "cross", "decoder", "encoder"},
+    "projection+cross_attention+encoder": {"projection", "cross", "encoder"},
+}
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_train_what_decides_what_learns(tree: dict[str, Any], what: str, photos: torch.Tensor) -> None:
+    model = model_of(tree, train={"what": what}, model={"encoder_weights": "timm"})
+    learning = {"cross" if "crossattention" in name else name.split(".")[0] for name in model.trainable()}
+    assert learning == WHAT[what]
+    model.train()
+    assert model.encoder.training == ("encoder" in what)
+    loss_and_gradients(model, [batch(CAPTIONS, photos)])
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(model.trainable())
+
+
+def test_new_weights_depend_on_the_seed_alone(config: Config) -> None:
+    one, same = (Captioner(config, 50).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    other = Captioner(config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})}), 50).state_dict()
+    assert not torch.equal(one["projection.net.weight"], other["projection.net.weight"])
+
+
+def test_label_smoothing_is_for_training_only(tree: dict[str, Any], photos: torch.Tensor) -> None:
+    plain = model_of(tree, model={"dropout": 0.0})
+    smoothed = model_of(tree, model={"dropout": 0.0}, optim={"label_smoothing": 0.1})
+    one = batch(CAPTIONS, photos)
+    with torch.no_grad():
+        assert float(plain.eval()(one)) == float(smoothed.eval()(one))
+        plain.decoder.train()
+        smoothed.decoder.train()
+        assert float(plain(one)) != float(smoothed(one))
+
+
+def test_beam_search_gives_the_likeliest_caption_of_all(tree: dict[str, Any], photos: torch.Tensor) -> None:
+    """With as many beams as there are sequences, beam search is exhaustive: checked by scoring them all."""
+    small = CaptionTokenizer(["[PAD]", "[UNK]", "[SEP]", "a", "b"])
+    model = Captioner(parse(tree, "test"), small.size).double().eval()
+    torch.nn.init.normal_(model.decoder.lm.cls.predictions.bias, generator=torch.Generator().manual_seed(5))
+    how = EvaluateConfig(num_beams=49, max_length=3, min_length=0)
+    with torch.inference_mode():
+        patches = model.patches(photos)
+        found = model.decoder.generate(patches, small.prefix, small.end_id, small.pad_id, how)
+        best = [exhaustive_best(model, patches[row : row + 1], small) for row in range(2)]
+    assert [row[: len(ids)] for row, ids in zip(found.tolist(), best, strict=True)] == best
+
+
+def exhaustive_best(model: Captioner, patches: torch.Tensor, tokenizer: CaptionTokenizer) -> list[int]:
+    """The two-token continuation (or one, if it ends) with the highest log-probability a generated token."""
+
+    def log_probabilities(ids: list[int]) -> torch.Tensor:
+        logits = model.decoder.lm(input_ids=torch.tensor([ids]), encoder_hidden_states=patches).logits
+        return torch.log_softmax(logits[0, -1], dim=-1)
+
+    begin = tokenizer.prefix
+    first = log_probabilities(begin)
+    scored = {(*begin, tokenizer.end_id): float(first[tokenizer.end_id])}
+    for token in range(tokenizer.size):
+        if token != tokenizer.end_id:
+            second = log_probabilities([*begin, token])
+            for last in range(tokenizer.size):
+                scored[(*begin, token, last)] = float(first[token] + second[last]) / 2
+    return list(max(scored, key=lambda ids: scored[ids]))
+
+
+def test_generation_keeps_its_bounds_and_warns_of_nothing(
+    tree: dict[str, Any], photos: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of(tree).eval()
+    how = EvaluateConfig(num_beams=3, max_length=9, min_length=7)
+    rows = model.decoder.generate(model.patches(photos), TOKENIZER.prefix, TOKENIZER.end_id, TOKENIZER.pad_id, how)
+    assert rows.shape[0] == 2
+    assert rows.shape[1] <= 9
+    assert rows[:, : len(TOKENIZER.prefix)].tolist() == [TOKENIZER.prefix] * 2
+    assert all(TOKENIZER.end_id not in row[:7] for row in rows.tolist())
+    assert all(isinstance(text, str) for text in model.caption(photos, TOKENIZER, how))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bert_of_transformers_own_gives_the_same_logits() -> None:
+    """The decoder is BertLMHeadModel: unpacked, its loss is that model's own."""
+    config = ModelConfig(decoder_layers=2, decoder_width=32, decoder_heads=2, decoder_feedforward=64, dropout=0)
+    decoder = Decoder(config, TOKENIZER.size).eval()
+    theirs: Any = BertLMHeadModel(
+        BertConfig(
+            vocab_size=TOKENIZER.size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, is_decoder=True, add_cross_attention=True, attn_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(decoder.lm.state_dict())
+    row = pad_rows([TOKENIZER.pack(["red circle on the left"], 20)], TOKENIZER.pad_id)
+    tokens, labels, positions, segments = (
+        torch.from_numpy(getattr(row, name)) for name in ("tokens", "labels", "positions", "segments")
+    )
+    patches = torch.rand(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = decoder(patches, tokens, labels, positions, segments)
+        logits = theirs(input_ids=tokens, encoder_hidden_states=patches).logits
+    expected = torch.nn.functional.cross_entropy(logits[0], labels[0], ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,56 @@
+"""pytest tests/test_dist.py"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from conftest import RankFunction
+
+from pvtcap.dist import World
+from pvtcap.errors import ConfigError
+
+
+def talk(world: World) -> dict[str, Any]:
+    """Every collective once; runs on each rank."""
+
+    def fail() -> None:
+        raise ConfigError("no such thing", where="here", do="Try another.")
+
+    calls = []
+    chosen = world.on_first_rank(lambda: calls.append(1) or f"rank {world.rank} chose")
+    told = ""
+    try:
+        world.on_first_rank(fail)
+    except ConfigError as error:
+        told = f"{error} {error.told}"
+    return {
+        "rank": [world.rank, world.size, world.local_rank, str(world.device)],
+        "sum": world.sum([world.rank + 1, 0.5]),
+        "gathered": world.gather({"rank": world.rank}),
+        "broadcast": world.broadcast(world.rank * 10),
+        "chosen": chosen,
+        "calls": len(calls),
+        "told": told,
+    }
+
+
+def test_three_ranks_agree(run_ranks: RankFunction) -> None:
+    results = run_ranks("test_dist:talk", 3)
+    for rank, result in enumerate(results):
+        assert result["rank"] == [rank, 3, rank, "cpu"]
+        assert result["sum"] == [6, 1.5]
+        assert result["gathered"] == ([{"rank": 0}, {"rank": 1}, {"rank": 2}] if rank == 0 else None)
+        assert result["broadcast"] == 0
+        assert result["chosen"] == "rank 0 chose"
+        assert result["calls"] == (1 if rank == 0 else 0)
+        # One mistake is one line on the terminal: the others know of it and stay silent.
+        assert result["told"] == f"here: no such thing. Try another. {rank != 0}"
+
+
+def test_alone_there_is_nobody_to_wait_for() -> None:
+    world = World.alone("cpu")
+    assert (world.rank, world.size, world.is_first, world.device) == (0, 1, True, torch.device("cpu"))
+    assert world.gather(3) == [3]
+    assert world.broadcast("x") == "x"
+    assert world.sum([1.0, 2.5]) == [1.0, 2.5]

@@ -1,0 +1,96 @@
+"""pytest tests/test_text.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvtcap.errors import ConfigError
+from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
+
+WORDS = ["a", "picture", "of", "cat", "dog", "##s", "on", "the", "mat", "'", "s", ",", "."]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+BERT = Path(__file__).parents[2] / "shared/data/blip"
+
+
+def ids(tokenizer: CaptionTokenizer, text: str) -> list[int]:
+    return [tokenizer.vocab.index(piece) for piece in text.split()]
+
+
+def test_a_packed_row_spelled_out() -> None:
+    tokenizer = CaptionTokenizer(VOCAB, prompt="a picture of ")
+    row = tokenizer.pack(["Cats", "the dog"], max_tokens=20)
+    begin, end = tokenizer.begin_id, tokenizer.end_id
+    prompt = ids(tokenizer, "a picture of")
+    cats, the_dog = ids(tokenizer, "cat ##s"), ids(tokenizer, "the dog")
+    assert row.tokens.tolist() == [begin, *prompt, *cats, begin, *prompt, *the_dog]
+    assert row.labels.tolist() == [*[IGNORE] * 3, *cats, end, *[IGNORE] * 3, *the_dog, end]
+    assert row.positions.tolist() == [*range(6), *range(6)]
+    assert row.segments.tolist() == [0] * 6 + [1] * 6
+    assert (tokenizer.begin_id, tokenizer.size) == (len(VOCAB), len(VOCAB) + 2)
+
+
+def test_a_long_caption_is_cut_and_has_no_end_to_learn() -> None:
+    tokenizer = CaptionTokenizer(VOCAB)
+    row = tokenizer.pack(["the cat on the mat"], max_tokens=4)
+    assert row.tokens.tolist() == [tokenizer.begin_id, *ids(tokenizer, "the cat on")]
+    assert row.labels.tolist() == ids(tokenizer, "the cat on the")
+
+
+def test_padding_has_no_label_and_a_segment_of_its_own() -> None:
+    tokenizer = CaptionTokenizer(VOCAB)
+    rows = pad_rows([tokenizer.pack(["cat"], 9), tokenizer.pack(["the dog on the mat", "a"], 9)], tokenizer.pad_id)
+    assert rows.tokens.shape == (2, 8)
+    assert rows.labels[0].tolist()[2:] == [IGNORE] * 6
+    assert rows.segments[0].tolist() == [0, 0, -1, -1, -1, -1, -1, -1]
+    assert rows.tokens[0, 2:].tolist() == [tokenizer.pad_id] * 6
+
+
+@given(st.lists(st.sampled_from([word for word in WORDS if word.isalpha()]), min_size=1, max_size=12))
+def test_words_come_back(words: list[str]) -> None:
+    tokenizer = CaptionTokenizer(VOCAB, prompt="a picture of")
+    row = tokenizer.pack([" ".join(words)], max_tokens=40)
+    generated = [*row.tokens.tolist(), tokenizer.end_id, tokenizer.pad_id, tokenizer.begin_id]
+    assert tokenizer.decode(generated) == " ".join(words)
+
+
+def test_a_learned_vocabulary_survives_its_file(tmp_path: Path) -> None:
+    captions = ["A red circle.", "the circle's left", "blue squares"] * 5
+    learned = CaptionTokenizer.train(captions, vocab_size=80, prompt="a picture of ")
+    learned.save(tmp_path / "vocab.txt")
+    again = CaptionTokenizer.from_file(tmp_path / "vocab.txt", prompt="a picture of ")
+    assert learned.size <= 82
+    assert learned.size == again.size
+    assert learned.pack(captions, 30).tokens.tolist() == again.pack(captions, 30).tokens.tolist()
+    assert "[UNK]" not in learned.decode(learned.pack(["red squares"], 30).tokens.tolist())
+
+
+def test_a_file_that_is_not_a_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("some\nwords\n")
+    with pytest.raises(ConfigError, match="lacks BERT's special tokens"):
+        CaptionTokenizer.from_file(tmp_path / "vocab.txt")
+    with pytest.raises(ConfigError, match="cannot read the vocabulary"):
+        CaptionTokenizer.from_file(tmp_path / "none.txt")
+
+
+@pytest.mark.skipif(not BERT.is_dir(), reason="shared/data/blip is not here")
+def test_ids_are_those_of_berts_own_tokenizer_and_blips() -> None:
+    from transformers import BertTokenizer
+
+    path = next(BERT.rglob("vocab.txt"))
+    ours, theirs = CaptionTokenizer.from_file(path, "a picture of "), BertTokenizer(str(path))
+    assert (ours.pad_id, ours.end_id, ours.begin_id, ours.size) == (0, 102, 30522, 30524)
+    for caption in ("Two young guys with shaggy hair look at their hands.", "A girl's naïve café — déjà vu, isn't it?"):
+        row = ours.pack([caption], 99)
+        expected = theirs(f"a picture of {caption}")["input_ids"]  # [CLS] … [SEP]
+        assert row.tokens.tolist() == [30522, *expected[1:-1]]
+        assert row.labels.tolist()[-1] == 102
+
+
+def test_learning_a_vocabulary_has_no_chance_in_it() -> None:
+    captions = [f"the {colour} {shape} {number}" for colour in ("red", "blue") for shape in ("star", "square")
+                for number in range(50)]  # fmt: skip
+    assert len({tuple(CaptionTokenizer.train(captions, vocab_size=70).vocab) for _ in range(5)}) == 1
