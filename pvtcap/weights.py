@@ -29,6 +29,8 @@ _BLIP_MAY_LACK = {
 }
 _BLIP_EXTRA = {"bert.embeddings.position_ids"}
 _TEXT_DECODER = "text_decoder."
+# torch's unpickler takes any byte for an instruction: a file of another kind fails wherever it makes no sense.
+_NOT_WEIGHTS = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def load_encoder(model: Captioner, config: Config) -> None:
@@ -108,7 +110,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             where=path,
             do=f"torch says: {' '.join(str(error).split())[:160]}",
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except _NOT_WEIGHTS as error:
         raise CheckpointError(
             f"not a readable weights file ({' '.join(str(error).split())[:160]})",
             where=path,
