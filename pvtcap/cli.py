@@ -65,13 +65,19 @@ def shards(context: typer.Context) -> None:
 def verify_shards(words: list[str]) -> None:
     """Read every byte of a ShardSet; exit code 1 and a table when something is wrong."""
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
+    from pvtcap.shardset import read_manifest
     from pvtcap.shardverify import verify
 
     if len(words) != 1:
         raise ConfigError("verify takes one shard folder", got=" ".join(words) or "none")
-    problems = verify(Path(words[0]))
+    folder = Path(words[0])
+    # A bar for who watches; nothing in a log file.
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("verify", total=read_manifest(folder).num_samples)
+        problems = verify(folder, os.cpu_count() or 1, lambda done: bar.advance(task, done))
     if not problems:
         typer.echo(f"{words[0]}: every byte read, nothing wrong")
         return
@@ -93,7 +99,11 @@ def train(
     """Train; also under torchrun and srun, with the same words."""
     from pvtcap.config import load
 
-    loaded = load(config, overrides or [])
+    try:
+        loaded = load(config, overrides or [])
+    except PvtcapError as error:
+        error.told = os.environ.get("RANK", "0") != "0"  # all ranks read the same words: one says what is wrong
+        raise
     from pvtcap import evaluate as evaluation
     from pvtcap import train as training
     from pvtcap.dist import World
@@ -128,10 +138,9 @@ def evaluate(
     from pvtcap.dist import World
 
     given = {"num_beams": num_beams, "max_length": max_length, "min_length": min_length, "micro_batch": micro_batch}
-    how = Checkpoint.open(checkpoint).config.evaluate.model_copy(
-        update={name: value for name, value in given.items() if value is not None}
-    )
+    changed = {name: value for name, value in given.items() if value is not None}
     with World.start() as world:
+        how = world.on_first_rank(lambda: Checkpoint.open(checkpoint)).config.evaluate.model_copy(update=changed)
         report = evaluation.run(checkpoint, data, out, world, how, blank_photos=blank_photos)
     if report is not None:
         from rich.console import Console

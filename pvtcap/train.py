@@ -152,15 +152,14 @@ class Job:
 
 def prepare(config: Config, world: World, resume: str) -> Job:
     """Open data, find the checkpoint, build the model; everything that can be wrong is found here, before step 1."""
-    plan = batch_plan(config.data, world.size)
-    if config.data.train is None:
-        raise ConfigError("no training data", where="data.train", do="Give a shard folder: data.train=DIR.")
-    shardset = world.on_first_rank(lambda: ShardSet.open(Path(str(config.data.train))))
+    plan = world.on_first_rank(lambda: batch_plan(config.data, world.size))
+    shardset = world.on_first_rank(lambda: open_train(config))
     val_set = world.on_first_rank(lambda: ShardSet.open(config.data.val) if config.data.val else None)
-    total_steps = length(config, shardset.num_samples)
+    total_steps = world.on_first_rank(lambda: length(config, shardset.num_samples))
     resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
     if resumed is not None:
-        checkpoint.check_resumable(resumed, config, world, shardset.num_samples)
+        found, num_samples = resumed, shardset.num_samples
+        world.on_first_rank(lambda: checkpoint.check_resumable(found, config, world, num_samples))
         tokenizer = resumed.tokenizer()
     else:
         tokenizer = world.on_first_rank(lambda: make_tokenizer(config, shardset))
@@ -177,6 +176,12 @@ def prepare(config: Config, world: World, resume: str) -> Job:
     assert views[0] is not None
     encoder_sha256 = model.encoder.fingerprint() if frozen_encoder else None
     return Job(plan, views[0], views[1], model, encoder_sha256, resumed, total_steps)
+
+
+def open_train(config: Config) -> ShardSet:
+    if config.data.train is None:
+        raise ConfigError("no training data", where="data.train", do="Give a shard folder: data.train=DIR.")
+    return ShardSet.open(config.data.train)
 
 
 def length(config: Config, train_samples: int) -> int:

@@ -1,0 +1,91 @@
+"""pytest tests/test_caption.py: photos from anywhere, and the picture of captions."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_checkpoint import write
+
+from pvtcap import sheet
+from pvtcap.caption import caption_photos, find_photos
+from pvtcap.checkpoint import Checkpoint
+from pvtcap.config import Config
+from pvtcap.errors import ShardError
+
+
+def encoded(colour: str = "teal", kind: str = "JPEG", size: tuple[int, int] = (50, 40)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    (tmp_path / "folder/below").mkdir(parents=True)
+    (tmp_path / "one.png").write_bytes(encoded("red", "PNG"))
+    (tmp_path / "folder/b.jpg").write_bytes(encoded())
+    (tmp_path / "folder/below/a.webp").write_bytes(encoded("blue", "WEBP"))
+    (tmp_path / "folder/notes.txt").write_text("not a photo, and not looked at")
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "folder/b.jpg", "x/b.jpg")
+        tar.add(tmp_path / "folder/notes.txt", "x/notes.txt")
+        tar.add(tmp_path / "one.png", "x/one.png")
+    return tmp_path
+
+
+def test_files_folders_and_tars(places: Path) -> None:
+    found = list(find_photos([places / "one.png", places / "folder", places / "photos.tar"]))
+    assert [Path(name).relative_to(places).as_posix() for name, _ in found] == [
+        "one.png", "folder/b.jpg", "folder/below/a.webp", "photos.tar:x/b.jpg", "photos.tar:x/one.png",
+    ]  # fmt: skip
+    assert found[3][1] == found[1][1]
+
+
+def test_places_without_photos(places: Path) -> None:
+    (places / "empty").mkdir()
+    (places / "text.tar").write_text("this is no tar")
+    for place, says in (
+        ("empty", "no photo in this folder"),
+        ("none.jpg", "no such photo, folder or tar"),
+        ("text.tar", "not a readable tar"),
+    ):
+        with pytest.raises(ShardError, match=says) as caught:
+            list(find_photos([places / place]))
+        assert str(places / place) in str(caught.value)
+
+
+def test_a_caption_each_in_order_and_none_if_one_is_no_photo(config: Config, places: Path) -> None:
+    checkpoint = Checkpoint.open(write(config, 1))
+    photos = list(find_photos([places / "folder", places / "photos.tar"])) * 2
+    how, cpu = checkpoint.config.evaluate, torch.device("cpu")
+    captioned = list(caption_photos(checkpoint, photos, how, cpu))
+    assert [(name, photo) for name, photo, _ in captioned] == photos
+    # Beam search cut into batches of four gives each photo what it gets alone.
+    alone = [next(caption_photos(checkpoint, [photo], how, cpu))[2] for photo in photos[:4]]
+    assert [text for _, _, text in captioned] == alone * 2
+    with pytest.raises(ShardError, match=r"bad\.jpg: not a photo"):
+        next(caption_photos(checkpoint, [*photos, ("bad.jpg", b"no")], how, cpu))
+
+
+def test_the_sheet_shows_photos_in_rows_with_text_below(tmp_path: Path) -> None:
+    entries = [
+        sheet.Entry(encoded("red", size=(40, 80)), "a tall red picture", "the reference"),
+        *(sheet.Entry(encoded("blue"), f"number {number}") for number in range(4)),
+    ]
+    sheet.draw(entries, tmp_path / "deep/er/sheet.png")
+    with Image.open(tmp_path / "deep/er/sheet.png") as image:
+        image.load()
+    width, height = sheet.CELL_PX + sheet.MARGIN_PX, sheet.CELL_PX + sheet.TEXT_PX
+    assert image.size == (4 * width + sheet.MARGIN_PX, 2 * height + sheet.MARGIN_PX)
+    red = image.getpixel((sheet.MARGIN_PX + 50, sheet.MARGIN_PX + 100))
+    assert isinstance(red, tuple)
+    assert red[0] > 240
+    assert red[1] < 10
+    # Some of the text is black: it was written, and under the photo.
+    band = image.crop((sheet.MARGIN_PX, sheet.CELL_PX + 10, width, height)).convert("L")
+    assert min(band.get_flattened_data()) < 60
