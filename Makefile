@@ -17,6 +17,7 @@ setup: .venv/installed
 .venv/installed: pyproject.toml launch/preflight.py
 	$(PYTHON3) launch/preflight.py
 	$(PYTHON3) -m venv .venv
+	@echo 'Installing into .venv: PyTorch brings CUDA, 6 GB in all, so this takes minutes.'
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
