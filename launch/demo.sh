@@ -14,7 +14,7 @@ started=$SECONDS
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-say "1. Draw the pictures and write the shards (val shows pairs of colour and shape that train never does)"
+say "1. Draw the pictures and write the shards (val shows compositions that train never does)"
 for part in train:4000 val:300; do
     [ -f "data/shapes-${part%:*}/manifest.json" ] ||
         "${pvtcap[@]}" shards shapes --split "${part%:*}" --num-samples "${part#*:}" --out "data/shapes-${part%:*}"

@@ -3,14 +3,15 @@
 Drawn pictures of one shape each, with five captions in five phrasings: data for a first run and for tests, made
 anywhere in seconds. A caption names size, colour, shape and place, so a wrong word breaks most of its 4-grams.
 
-``--split val`` shows only pairs of colour and shape that train never does (HELD_OUT): a model that describes them has
-understood the words one by one. A picture depends on (seed, split, number) alone.
+``--split val`` shows only compositions (of size, colour, shape and place) that train never does: a model that describes
+them has not learned them by heart. A picture depends on (seed, split, number) alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -40,8 +41,8 @@ PLACES = {
     "on the right": (0.73, 0.5),
     "in the middle": (0.5, 0.5),
 }
-# One pair a colour; every shape keeps six colours or more in train.
-HELD_OUT = frozenset((colour, SHAPES[2 * number % len(SHAPES)]) for number, colour in enumerate(COLOURS))
+WORDS = {"size": tuple(RADIUS), "colour": tuple(COLOURS), "shape": SHAPES, "place": tuple(PLACES)}
+HELD_OUT_EVERY = 10
 PHRASINGS = (
     "a {size} {colour} {shape} {place}",
     "there is a {size} {colour} {shape} {place} of the picture",
@@ -63,25 +64,22 @@ class Drawings:
         return self.num_samples
 
     def __iter__(self) -> Iterator[Candidate]:
+        shown = compositions(self.split)
         for number in range(self.num_samples):
             rng = random.Random(f"{self.seed}/{self.split}/{number}")
-            colour, shape = rng.choice(pairs(self.split))
-            words = {
-                "size": rng.choice(list(RADIUS)),
-                "colour": colour,
-                "shape": shape,
-                "place": rng.choice(list(PLACES)),
-            }
+            words = dict(zip(WORDS, rng.choice(shown), strict=True))
             jpeg = io.BytesIO()
             draw(words, self.image_px, rng).save(jpeg, "JPEG", quality=95, subsampling=0)
             captions = tuple(phrasing.format(**words) for phrasing in PHRASINGS)
             yield Candidate(f"{self.split}-{number:06d}", number, captions, "shapes", PhotoBytes(jpeg.getvalue()))
 
 
-def pairs(split: str) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs of a split: val has those held out, train all others."""
-    everything = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    return [pair for pair in everything if (pair in HELD_OUT) == (split == "val")]
+def compositions(split: str) -> list[tuple[str, ...]]:
+    """What a split shows, as (size, colour, shape, place): val a tenth of them, train all others."""
+    everything = list(itertools.product(*WORDS.values()))
+    random.Random("held out").shuffle(everything)
+    held_out = everything[::HELD_OUT_EVERY]
+    return held_out if split == "val" else sorted(set(everything) - set(held_out))
 
 
 def draw(words: dict[str, str], image_px: int, rng: random.Random) -> Image.Image:

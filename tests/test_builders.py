@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import runpy
 import subprocess
@@ -223,7 +224,7 @@ def test_karpathy_json_and_a_zip(tmp_path: Path, photos: Path, capsys: pytest.Ca
     assert "not JSON" in fails(capsys, "flickr8k", *words, out=tmp_path / "x")
 
 
-def test_shapes_are_deterministic_and_hold_pairs_back(tmp_path: Path) -> None:
+def test_shapes_are_deterministic_and_hold_compositions_back(tmp_path: Path) -> None:
     train = run("shapes", "--num-samples", 300, "--image-px", 32, out=tmp_path / "a/train")
     run("shapes", "--num-samples", 300, "--image-px", 32, out=tmp_path / "b/train")
     for file in (tmp_path / "a/train").iterdir():
@@ -231,11 +232,15 @@ def test_shapes_are_deterministic_and_hold_pairs_back(tmp_path: Path) -> None:
     val = run("shapes", "--num-samples", 100, "--image-px", 32, "--split", "val", out=tmp_path / "val")
     other = run("shapes", "--num-samples", 100, "--image-px", 32, "--seed", 1, out=tmp_path / "other")
     assert list(train.captions())[:100] != list(other.captions())
-    shown = [{tuple(captions[0].split()[2:4]) for captions in shardset.captions()} for shardset in (train, val)]
+    # "a small red circle at the top": what val shows is new as a whole, and familiar word by word and pair by pair.
+    shown = [{tuple(captions[0].split(maxsplit=4)[1:]) for captions in each.captions()} for each in (train, val)]
     assert shown[0].isdisjoint(shown[1])
-    assert len(shown[1]) == 8
-    for word in (0, 1):
-        assert {pair[word] for pair in shown[1]} <= {pair[word] for pair in shown[0]}
+    drawing = runpy.run_path(str(SHARDS / "shapes.py"))
+    all_shown = {split: set(drawing["compositions"](split)) for split in ("train", "val")}
+    assert [len(all_shown["train"]), len(all_shown["val"])] == [360, 40]
+    for pair in itertools.combinations(range(4), 2):
+        seen, asked = ({tuple(words[i] for i in pair) for words in all_shown[split]} for split in ("train", "val"))
+        assert asked <= seen
     assert all(len(set(captions)) == 5 for captions in train.captions())
     with ShardReader(train) as reader:
         image = Image.open(io.BytesIO(reader.read(0, 0).photo))
