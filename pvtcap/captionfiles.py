@@ -29,7 +29,7 @@ class CaptionFile:
 
     def select(self, list_path: Path) -> CaptionFile:
         """Only the photos that a list names, one name a line, in its order. Raises ShardError when none is there."""
-        names = list(dict.fromkeys(line.strip() for line in read_text(list_path).splitlines() if line.strip()))
+        names = read_names(list_path)
         chosen = {name: self.captions[name] for name in names if name in self.captions}
         if not chosen:
             raise ShardError(
@@ -81,11 +81,16 @@ def read_text(path: Path) -> str:
         raise ShardError(f"cannot read the file: {error.strerror}", where=path) from None
 
 
+def read_names(path: Path) -> list[str]:
+    """A list of names, one a line, each once. Raises ShardError when the file is missing or not UTF-8."""
+    return list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises ShardError when it is missing or not JSON."""
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
         raise ShardError(f"not JSON: {error}", where=path) from None
 
 

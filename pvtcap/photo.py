@@ -14,7 +14,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,6 +111,16 @@ class PhotoOutside:
         raise BadPhoto("name outside the folder", self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class PhotoMissing:
+    """A photo that no place has; known before it is read."""
+
+    name: str
+
+    def read(self) -> bytes:
+        raise BadPhoto("missing photo", f"no {self.name} among the photos")
+
+
 class PhotoPlace:
     """Where a dataset's photos are: a folder, or a ZIP.
 
@@ -121,6 +131,7 @@ class PhotoPlace:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._members: dict[str, list[str]] | None = None
+        self._listed: dict[str, frozenset[str]] = {}
         if path.is_dir():
             return
         if not path.exists():
@@ -128,17 +139,19 @@ class PhotoPlace:
         if not zipfile.is_zipfile(path):
             raise ShardError("neither a folder nor a ZIP of photos", where=path)
         self._members = {}
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                self._members.setdefault(PurePosixPath(member).name, []).append(member)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for member in (name for name in archive.namelist() if not name.endswith("/")):  # "/": a folder
+                    self._members.setdefault(PurePosixPath(member).name, []).append(member)
+        except zipfile.BadZipFile as error:
+            raise ShardError(f"damaged ZIP: {error}", where=path, do="Copy or download it again.") from None
 
     def find(self, name: str) -> PhotoFile | PhotoInZip | PhotoOutside:
         """The source of one photo, which may turn out to be missing when it is read."""
         if self._members is None:
-            inside = Path(os.path.normpath(name))
-            if inside.is_absolute() or inside.parts[:1] == ("..",):
+            if _leads_outside(name):
                 return PhotoOutside(name)
-            return PhotoFile(self.path / inside)
+            return PhotoFile(self.path / os.path.normpath(name))
         members = self._members.get(PurePosixPath(name).name, [])
         if name in members or not members:
             return PhotoInZip(self.path, name)
@@ -150,6 +163,42 @@ class PhotoPlace:
                 do="Unpack it and give the folder that is meant.",
             )
         return PhotoInZip(self.path, members[0])
+
+    def has(self, name: str) -> bool:
+        """Whether a photo of this name is there. A folder is listed once, which is quicker than asking for each."""
+        folder, _, base = os.path.normpath(name).rpartition("/")
+        return base in (self._names(folder) if self._members is None else self._members)
+
+    def _names(self, folder: str) -> frozenset[str]:
+        if folder not in self._listed:
+            try:
+                self._listed[folder] = frozenset(entry.name for entry in (self.path / folder).iterdir())
+            except PermissionError as error:
+                raise ShardError(f"cannot read the folder: {error.strerror}", where=self.path / folder) from None
+            except (OSError, ValueError):  # no such folder, or nothing that can be the name of one
+                self._listed[folder] = frozenset()
+        return self._listed[folder]
+
+
+class PhotoPlaces:
+    """Several folders and ZIPs that hold a dataset's photos together. Raises ShardError when a path is neither."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.places = [PhotoPlace(path) for path in paths]
+
+    def find(self, *names: str) -> PhotoSource:
+        """The source of one photo that may have any of these ``names``, in the first place that has it.
+
+        A name that leads outside is never read, whether a folder or a ZIP is asked.
+        """
+        for name in names:
+            if _leads_outside(name):
+                return PhotoOutside(name)
+        for place in self.places:
+            for name in names:
+                if place.has(name):
+                    return place.find(name)
+        return PhotoMissing(names[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +216,7 @@ def read_photo(source: PhotoSource) -> bytes:
         return source.read()
     except FileNotFoundError as error:
         raise BadPhoto("missing photo", str(error)) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a surrogate pair
         raise BadPhoto("unreadable photo", str(error)) from error
 
 
@@ -208,6 +257,11 @@ def decode_photo(raw: bytes) -> tuple[int, int]:
 def close_zips() -> None:
     """Close the archives that ``PhotoInZip.read`` keeps open in this process."""
     _open_zip.cache_clear()
+
+
+def _leads_outside(name: str) -> bool:
+    path = os.path.normpath(name)
+    return path.startswith("/") or path.split("/")[0] == ".."
 
 
 @lru_cache(maxsize=4)

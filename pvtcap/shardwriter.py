@@ -38,6 +38,7 @@ from pvtcap.photo import (
     PhotoFile,
     PhotoInZip,
     PhotoPlace,
+    PhotoPlaces,
     PhotoSource,
 )
 from pvtcap.shardfolder import BUILDING, ShardFolder
@@ -53,6 +54,7 @@ __all__ = [
     "PhotoFile",
     "PhotoInZip",
     "PhotoPlace",
+    "PhotoPlaces",
     "PhotoSource",
     "SkippedItem",
     "add_build_options",
@@ -258,10 +260,18 @@ def _arguments(args: argparse.Namespace) -> dict[str, object]:
     """A builder's own arguments, with the checksums of the files among them: another caption file is another build."""
     shared = {"out", *BuildOptions.__dataclass_fields__}
     own = {name: value for name, value in vars(args).items() if name not in shared}
-    files = {name: value for name, value in own.items() if isinstance(value, Path) and value.is_file()}
-    # A ZIP of photos is the one input too large to read twice; its captions tell of it.
-    checksums = {f"{name}_sha256": sha256_file(path) for name, path in files.items() if path.suffix.lower() != ".zip"}
+    checksums = {f"{name}_sha256": found for name, value in own.items() if (found := _checksums(value))}
     return own | checksums
+
+
+def _checksums(value: object) -> str | list[str] | None:
+    """Of a file, or of each file in a list of them; None or nothing for any other argument."""
+    if isinstance(value, list):
+        return [found for item in value if isinstance(found := _checksums(item), str)]
+    # A ZIP of photos is the one input too large to read twice; its captions tell of it.
+    if not isinstance(value, Path) or not value.is_file() or value.suffix.lower() == ".zip":
+        return None
+    return sha256_file(value)
 
 
 def _option(name: str) -> str:

@@ -71,7 +71,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize("builder", ["flickr30k", "flickr8k", "folder", "shapes"])
+@pytest.mark.parametrize("builder", ["coco", "flickr30k", "flickr8k", "folder", "shapes"])
 def test_help_and_docstring_open_with_the_command(builder: str) -> None:
     done = subprocess.run(
         [sys.executable, SHARDS / f"{builder}.py", "--help"], capture_output=True, text=True, check=True

@@ -142,7 +142,7 @@ def test_photos_and_captions_that_are_none(config: Config, tmp_path: Path) -> No
 
 def test_the_shards_command(shapes: Path, tmp_path: Path) -> None:
     helped = pvtcap("shards", "--help")
-    assert "builders: flickr30k, flickr8k, folder, shapes" in helped.stdout
+    assert "builders: coco, flickr30k, flickr8k, folder, shapes" in helped.stdout
     assert "Did you mean 'shapes'" in one_line(pvtcap("shards", "shape", "--out", tmp_path / "out"))
     verified = pvtcap("shards", "verify", shapes / "train")
     assert (verified.returncode, "nothing wrong" in verified.stdout) == (0, True)

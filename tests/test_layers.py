@@ -22,13 +22,19 @@ LEVELS = [
     {"shardfolder", "buildreport"},
     {"shardwriter", "shardverify", "stream", "decoder"},
     {"captioner", "captionfiles"},
-    {"weights", "engine", "monitor"},
+    {"weights", "engine", "monitor", "cococaptions"},
     {"checkpoint"},
     {"train", "evaluate", "caption"},
     {"cli"},
     {"__main__"},
 ]
-BUILDERS_MAY_USE = {"pvtcap.errors", "pvtcap.shardset", "pvtcap.shardwriter", "pvtcap.captionfiles"}
+BUILDERS_MAY_USE = {
+    "pvtcap.errors",
+    "pvtcap.shardset",
+    "pvtcap.shardwriter",
+    "pvtcap.captionfiles",
+    "pvtcap.cococaptions",
+}
 LAUNCHERS_MAY_USE = {"torch"}
 
 
