@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"recipes", "dist", "order", "shardset", "pixels", "metrics"},
+    {"recipes", "dist", "order", "shardset", "pixels", "metrics", "processes"},
     {"config", "photo", "sheet", "scoretable"},
     {"text", "candidate", "encoder", "projection"},
     {"shardtar"},
