@@ -35,7 +35,7 @@ def map_in_order(
         yield from map(task, items)
         return
     # Spawned, not forked: whoever calls may hold threads (torch, rich) that do not survive a fork.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -50,7 +50,8 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a worker process begins with: Ctrl-C is its parent's matter, and so is how long it lives."""
     # Ctrl-C reaches the whole process group; only the main process is to act on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
