@@ -98,7 +98,7 @@ def _draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, x: int, y: int) -> None:
     _draw_bars(pen, shown, (left, right, bottom), scale)
     below = panel.axis
     if shown.tail:
-        below += f"    (in grey: {shown.tail:,} {panel.counted} with {shown.stop:,} or more)"
+        below += f"    (in grey: {shown.tail:,} with {shown.stop:,} or more)"
     pen.text(((left + right) / 2, bottom + 46), below, fill=_INK, font=small, anchor="mm")
 
 
