@@ -41,8 +41,8 @@ class BuildReport:
 
 
 @contextmanager
-def building_progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of candidates just done; a bar only on a terminal, on stderr."""
+def photos_progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of photos just done; a bar only on a terminal, on stderr."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

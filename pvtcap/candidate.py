@@ -10,20 +10,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
-import signal
-import threading
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 
-from pvtcap.errors import ShardError
 from pvtcap.photo import BadPhoto, PhotoSource, close_zips, encode_photo, read_photo
+from pvtcap.processes import map_in_order
 from pvtcap.shardset import SkippedItem
 
 _CHUNK = 16  # photos a worker is handed at a time: enough to hide the hand-over, little to hold in memory
@@ -98,28 +92,11 @@ def prepare_in_order(
     """
     chunks = iter(lambda: list(itertools.islice(work, _CHUNK)), [])
     task = partial(_prepare_chunk, short_side_px=short_side_px, jpeg_quality=jpeg_quality)
-    if processes <= 1:
-        for chunk in chunks:
-            yield from task(chunk)
-        close_zips()
-        return
-    # Spawned, not forked: whoever builds may hold threads (torch, rich) that do not survive a fork.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker)
-    pending: deque[Future[list[Result]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(task, chunk))
-            if len(pending) > 2 * processes:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ShardError(
-            "a worker process died, for lack of memory perhaps",
-            do="Run the same command again with fewer --processes: it goes on.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    again = "Run the same command again with fewer --processes: it goes on."
+    with closing(map_in_order(task, chunks, processes, again)) as results:
+        for chunk in results:
+            yield from chunk
+    close_zips()
 
 
 def clean_caption(caption: str) -> str:
@@ -137,17 +114,3 @@ def clean_key(key: str) -> str:
 
 def _prepare_chunk(chunk: list[Work], short_side_px: int | None, jpeg_quality: int) -> list[Result]:
     return [(number, key, prepare(item, short_side_px, jpeg_quality)) for number, key, item in chunk]
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; only the main process is to act on it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from pvtcap import __version__
-from pvtcap.errors import ConfigError, PvtcapError
+from pvtcap.errors import PvtcapError
 
 app = typer.Typer(
     name="pvtcap",
@@ -45,47 +45,22 @@ def main() -> None:
 
 @app.command(context_settings=PASS_ON)
 def shards(context: typer.Context) -> None:
-    """Build shards (BUILDER … --out DIR), or check them (verify DIR). --help lists the builders."""
-    from pvtcap import recipes
+    """Build shards (BUILDER … --out DIR), or look at them (info DIR, verify DIR). --help lists the builders."""
+    from pvtcap import recipes, shardcommands
 
     words = context.args
     if not words or words[0] in ("-h", "--help"):
         names = sorted(path.stem.replace("_", "-") for path in (recipes.root() / "shards").glob("*.py"))
-        typer.echo("usage: pvtcap shards BUILDER [OPTIONS] --out DIR\n       pvtcap shards verify DIR\n")
-        typer.echo(f"builders: {', '.join(names)}\n\n'pvtcap shards BUILDER --help' explains each.")
-        return
-    if words[0] == "verify":
-        verify_shards(words[1:])
-        return
-    script = recipes.find_builder(words[0])
-    sys.argv = [f"pvtcap shards {words[0]}", *words[1:]]
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def verify_shards(words: list[str]) -> None:
-    """Read every byte of a ShardSet; exit code 1 and a table when something is wrong."""
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    from pvtcap.shardset import read_manifest
-    from pvtcap.shardverify import verify
-
-    if len(words) != 1:
-        raise ConfigError("verify takes one shard folder", got=" ".join(words) or "none")
-    folder = Path(words[0])
-    # A bar for who watches; nothing in a log file.
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("verify", total=read_manifest(folder).num_samples)
-        problems = verify(folder, os.cpu_count() or 1, lambda done: bar.advance(task, done))
-    if not problems:
-        typer.echo(f"{words[0]}: every byte read, nothing wrong")
-        return
-    table = Table("shard", "key", "problem", title=f"{len(problems)} problems in {words[0]}")
-    for problem in problems:
-        table.add_row(problem.shard, problem.key, problem.problem)
-    Console().print(table)
-    raise typer.Exit(1)
+        typer.echo("usage: pvtcap shards BUILDER [OPTIONS] --out DIR")
+        for name in shardcommands.COMMANDS:
+            typer.echo(f"       pvtcap shards {name} DIR [OPTIONS]")
+        typer.echo(f"\nbuilders: {', '.join(names)}\n\n'pvtcap shards WORD --help' explains each.")
+    elif words[0] in shardcommands.COMMANDS:
+        shardcommands.COMMANDS[words[0]](words[1:])
+    else:
+        script = recipes.find_builder(words[0], also=shardcommands.COMMANDS)
+        sys.argv = [f"pvtcap shards {words[0]}", *words[1:]]
+        runpy.run_path(str(script), run_name="__main__")
 
 
 @app.command()

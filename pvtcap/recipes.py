@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pvtcap.errors import ConfigError, did_you_mean
@@ -30,13 +31,16 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError("no such configuration", where=path, do=hint)
 
 
-def find_builder(name: str) -> Path:
-    """A shard builder's script by its command-line name, such as ``conceptual-captions``."""
+def find_builder(name: str, also: Iterable[str] = ()) -> Path:
+    """A shard builder's script by its command-line name, such as ``conceptual-captions``.
+
+    ``also`` are other words that a mistyped ``name`` may have meant.
+    """
     path = root() / "shards" / f"{name.replace('-', '_')}.py"
     if path.is_file():
         return path
     names = sorted(builder.stem.replace("_", "-") for builder in path.parent.glob("*.py"))
-    hint = did_you_mean(name, names) or f"Builders: {', '.join(names)}."
+    hint = did_you_mean(name, [*names, *also]) or f"Builders: {', '.join(names)}."
     raise ConfigError(f"no shard builder named '{name}'", do=hint)
 
 

@@ -19,17 +19,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pvtcap.errors import ShardError
 
 FORMAT = "pvtcap-shardset/1"
 MANIFEST = "manifest.json"
+
+# Narrower than pydantic's: a damaged manifest may hold a number of a thousand digits.
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class _Record(BaseModel):
@@ -144,14 +149,17 @@ class ShardSet:
         """Samples in each shard, in storage order."""
         return [entry.num_samples for entry in self.manifest.shards]
 
+    def only(self, shard: int) -> Self:
+        """This ShardSet with one shard, as number 0: what a worker is sent, as small as if there were no others."""
+        return type(self)(self.path, self.manifest.model_copy(update={"shards": [self.manifest.shards[shard]]}))
+
     def load_index(self, shard: int) -> ShardIndex:
         """The index of one shard, its checksum and lengths checked."""
         entry = self.manifest.shards[shard]
         path = self.path / entry.index_file
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            raise ShardError("a shard's index is missing", where=path, do="Build the shards again.") from None
+        if file_size(path) is None:
+            raise ShardError("a shard's index is missing", where=path, do="Build the shards again.")
+        raw = _read(path)
         if hashlib.sha256(raw).hexdigest() != entry.index_sha256:
             raise ShardError("the index is not the one in the manifest (sha256 differs)", where=path)
         index = parse_json(ShardIndex, raw, path)
@@ -225,7 +233,9 @@ class ShardReader:
 
     def _bytes(self, descriptor: int, span: tuple[int, int], shard: int, index: int) -> bytes:
         offset, size = span
-        raw = os.pread(descriptor, size, offset)
+        # A damaged index may ask for more than memory holds, at an offset that the system cannot even be asked for.
+        there = max(0, min(size, os.fstat(descriptor).st_size - offset))
+        raw = os.pread(descriptor, there, offset) if there else b""
         if len(raw) != size:
             raise ShardError("truncated tar", where=self.where(shard, index), got=f"{len(raw)} bytes", wanted=size)
         return raw
@@ -242,7 +252,7 @@ def read_manifest(path: Path) -> Manifest:
             where=path,
             do="Its build did not finish: run the same 'pvtcap shards' command again and it goes on.",
         )
-    manifest = parse_json(Manifest, manifest_path.read_bytes(), manifest_path)
+    manifest = parse_json(Manifest, _read(manifest_path), manifest_path)
     if manifest.format != FORMAT:
         raise ShardError("unknown format", where=manifest_path, got=manifest.format, wanted=FORMAT)
     return manifest
@@ -286,15 +296,25 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     partial.replace(path)
 
 
+def file_size(path: Path) -> int | None:
+    """A file's size in bytes; None when there is no such file, or can be none of that name."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"cannot read: {error.strerror}", where=path) from error
+
+
 def _check_size(path: Path, wanted: int) -> None:
-    if not path.is_file():
+    if (size := file_size(path)) is None:
         raise ShardError("a shard named in the manifest is missing", where=path, do="Copy it back or build it again.")
-    if (size := path.stat().st_size) != wanted:
+    if size != wanted:
         what = "truncated tar" if size < wanted else "a tar larger than its manifest says"
-        raise ShardError(
-            what,
-            where=path,
-            got=f"{size:,} bytes",
-            wanted=f"{wanted:,}",
-            do="Copy it again, or build the shards again.",
-        )
+        raise ShardError(what, where=path, got=f"{size:,} bytes", wanted=f"{wanted:,}", do="Copy or build it again.")

@@ -8,27 +8,31 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from pvtcap.errors import ShardError
 from pvtcap.photo import BadPhoto, decode_photo
+from pvtcap.processes import map_in_order
 from pvtcap.shardfolder import SKIPPED
 from pvtcap.shardset import (
     MANIFEST,
     Manifest,
     Sample,
+    ShardEntry,
     ShardIndex,
     ShardReader,
     ShardSet,
     SkippedItem,
+    file_size,
     parse_json,
     read_manifest,
     sha256_file,
 )
+
+# What Python's tarfile is known to raise for bytes that are no tar, whatever it documents.
+_TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,62 +45,89 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """What verifying found. ``bytes_read`` counts the tars that were read to their last byte."""
+
+    num_shards: int
+    num_samples: int
+    bytes_read: int
+    problems: list[Problem]
+
+
+@dataclass(frozen=True, slots=True)
 class ShardFindings:
     """What reading one shard showed, with what has to be compared across shards."""
 
     problems: list[Problem]
     keys: list[str]
     image_ids: list[int | str]
+    bytes_read: int = 0
 
 
 def verify(path: Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None) -> list[Problem]:
-    """All that is wrong with the ShardSet in ``path``; an empty list when it is whole.
+    """All that is wrong with the ShardSet in ``path``; an empty list when it is whole. See ``inspect``."""
+    return inspect(path, processes, progress).problems
+
+
+def inspect(path: Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None) -> Verification:
+    """Read the ShardSet in ``path`` to its last byte, in so many processes.
 
     ``progress`` is called with the number of samples just read. Raises ShardError when there is no manifest to verify
-    against.
+    against, or it is damaged; everything else that is wrong is a Problem.
     """
     manifest = read_manifest(path)
-    check = partial(verify_shard, path, manifest)
-    shards = range(len(manifest.shards))
-    if processes <= 1:
-        problems = _collect(map(check, shards), manifest, progress)
-    else:
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            problems = _collect(pool.map(check, shards), manifest, progress)
-    return problems + _verify_totals(path, manifest)
+    shardset = ShardSet(path, manifest)
+    shards = (shardset.only(shard) for shard in range(len(manifest.shards)))
+    with closing(map_in_order(verify_shard, shards, min(processes, len(manifest.shards)))) as findings:
+        problems, bytes_read = _collect(findings, manifest, progress)
+    problems += _verify_totals(path, manifest)
+    return Verification(len(manifest.shards), manifest.num_samples, bytes_read, problems)
 
 
-def verify_shard(path: Path, manifest: Manifest, shard: int) -> ShardFindings:
-    """Read one shard to its last byte."""
-    entry = manifest.shards[shard]
-    tar = path / entry.file
-    if not tar.is_file():
+def verify_shard(shardset: ShardSet) -> ShardFindings:
+    """Read the first shard of ``shardset`` to its last byte."""
+    entry = shardset.manifest.shards[0]
+    try:
+        return _verify_shard(shardset, entry)
+    except OSError as error:  # a disk that gives its bytes no more, or a file that is not ours to read
+        return ShardFindings([Problem(entry.file, "", f"cannot be read: {error.strerror or error}")], [], [])
+
+
+def _verify_shard(shardset: ShardSet, entry: ShardEntry) -> ShardFindings:
+    tar = shardset.path / entry.file
+    if (size := file_size(tar)) is None:
         return ShardFindings([Problem(entry.file, "", "the tar is missing")], [], [])
     problems: list[Problem] = []
-    if (size := tar.stat().st_size) != entry.size_bytes:
+    bytes_read = 0
+    if size != entry.size_bytes:
         what = "truncated" if size < entry.size_bytes else "too long"
         problems.append(Problem(entry.file, "", f"{what}: {size:,} bytes; wanted {entry.size_bytes:,}"))
-    elif sha256_file(tar) != entry.sha256:
-        problems.append(Problem(entry.file, "", "sha256 is not the manifest's: the bytes have changed"))
-    shardset = ShardSet(path, manifest)
+    else:
+        if sha256_file(tar) != entry.sha256:
+            problems.append(Problem(entry.file, "", "sha256 is not the manifest's: the bytes have changed"))
+        bytes_read = size
     try:
-        index = shardset.load_index(shard)
+        index = shardset.load_index(0)
     except ShardError as error:
-        return ShardFindings([*problems, Problem(entry.index_file, "", str(error))], [], [])
+        return ShardFindings([*problems, Problem(entry.index_file, "", str(error))], [], [], bytes_read)
     problems += _verify_members(tar, index)
-    samples, unreadable = _read_samples(shardset, shard)
+    samples, unreadable = _read_samples(shardset)
     if not unreadable and (count := sum(len(sample.captions) for sample in samples)) != entry.num_captions:
         problems.append(Problem(entry.file, "", f"{count:,} captions; wanted {entry.num_captions:,}"))
-    return ShardFindings(problems + unreadable, index.keys, [sample.image_id for sample in samples])
+    return ShardFindings(problems + unreadable, index.keys, [sample.image_id for sample in samples], bytes_read)
 
 
 def _verify_members(tar: Path, index: ShardIndex) -> list[Problem]:
     """Compare the index with the members as Python's tarfile, and so WebDataset, finds them."""
     try:
         with tarfile.open(tar, "r:") as archive:
-            members = {(member.offset_data, member.size): member.name for member in archive}
-    except (tarfile.TarError, EOFError, OSError) as error:
-        return [Problem(tar.name, "", f"not readable as a tar: {error}")]
+            members = {}
+            for member in archive:
+                if member.size < 0:  # tarfile would go backwards, for ever
+                    raise tarfile.ReadError(f"{member.name} has a negative size")
+                members[member.offset_data, member.size] = member.name
+    except _TAR_ERRORS as error:
+        return [Problem(tar.name, "", f"not readable as a tar: {error or type(error).__name__}")]
     problems = []
     for key, *spans in zip(index.keys, index.photos, index.texts, strict=True):
         for what, span in zip(("photo", "text"), spans, strict=True):
@@ -107,16 +138,16 @@ def _verify_members(tar: Path, index: ShardIndex) -> list[Problem]:
     return problems + [Problem(tar.name, key, "in the tar, but not in the index") for key in sorted(unknown)]
 
 
-def _read_samples(shardset: ShardSet, shard: int) -> tuple[list[Sample], list[Problem]]:
+def _read_samples(shardset: ShardSet) -> tuple[list[Sample], list[Problem]]:
     """Read and decode every sample by its place in the index; the samples come back without their photos."""
     samples: list[Sample] = []
     problems: list[Problem] = []
-    entry = shardset.manifest.shards[shard]
+    entry = shardset.manifest.shards[0]
     with ShardReader(shardset) as reader:
         for number in range(entry.num_samples):
-            key = reader.key(shard, number)
+            key = reader.key(0, number)
             try:
-                sample = reader.read(shard, number)
+                sample = reader.read(0, number)
                 size = decode_photo(sample.photo)
             except BadPhoto as error:
                 problems.append(Problem(entry.file, key, f"{error.reason}: {error.detail}"))
@@ -132,11 +163,16 @@ def _read_samples(shardset: ShardSet, shard: int) -> tuple[list[Sample], list[Pr
     return samples, problems
 
 
-def _collect(findings: Iterable[ShardFindings], manifest: Manifest, progress: Callable[[int], object]) -> list[Problem]:
+def _collect(
+    findings: Iterable[ShardFindings], manifest: Manifest, progress: Callable[[int], object]
+) -> tuple[list[Problem], int]:
+    """All shards' problems and bytes read, with what only their comparison shows."""
     problems: list[Problem] = []
+    bytes_read = 0
     seen: dict[tuple[str, str], str] = {}
     for entry, found in zip(manifest.shards, findings, strict=True):
         problems += found.problems
+        bytes_read += found.bytes_read
         names = [("key", key) for key in found.keys] + [("image_id", str(image_id)) for image_id in found.image_ids]
         for kind, name in names:
             if (first := seen.setdefault((kind, name), entry.file)) != entry.file:
@@ -144,7 +180,7 @@ def _collect(findings: Iterable[ShardFindings], manifest: Manifest, progress: Ca
         for kind, name in sorted(pair for pair, times in Counter(names).items() if times > 1):
             problems.append(Problem(entry.file, name, f"the same {kind} more than once"))
         progress(entry.num_samples)
-    return problems
+    return problems, bytes_read
 
 
 def _verify_totals(path: Path, manifest: Manifest) -> list[Problem]:
@@ -156,14 +192,19 @@ def _verify_totals(path: Path, manifest: Manifest) -> list[Problem]:
             problems.append(
                 Problem(MANIFEST, "", f"the shards' {what} add up to {total:,}; the manifest says {wanted:,}")
             )
-    named = {entry.file for entry in manifest.shards}
+    if not manifest.num_samples:
+        problems.append(Problem(MANIFEST, "", "no samples"))
+    named = Counter(entry.file for entry in manifest.shards)
+    for name, times in named.items():
+        if times > 1:
+            problems.append(Problem(MANIFEST, "", f"it names {name} {times} times"))
     for stray in sorted(file.name for file in path.glob("*.tar") if file.name not in named):
         problems.append(Problem(stray, "", "a tar that the manifest does not name"))
     skipped = path / SKIPPED
     try:
         lines = skipped.read_bytes().splitlines() if skipped.exists() else []
         reasons = Counter(parse_json(SkippedItem, line, skipped).reason for line in lines)
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         return [*problems, Problem(SKIPPED, "", str(error))]
     if reasons != manifest.skipped:
         problems.append(Problem(SKIPPED, "", f"it counts {dict(reasons)}; the manifest says {manifest.skipped}"))

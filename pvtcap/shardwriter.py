@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import re
 import sys
 import time
@@ -28,7 +27,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pvtcap.buildreport import BuildReport, building_progress, print_report
+from pvtcap.buildreport import BuildReport, photos_progress, print_report
 from pvtcap.candidate import Candidate, Work, clean_key, prepare_in_order
 from pvtcap.errors import ConfigError, PvtcapError, ShardError
 from pvtcap.photo import (
@@ -41,6 +40,7 @@ from pvtcap.photo import (
     PhotoPlaces,
     PhotoSource,
 )
+from pvtcap.processes import usable_cpus
 from pvtcap.shardfolder import BUILDING, ShardFolder
 from pvtcap.shardset import SkippedItem, sha256_file
 
@@ -199,7 +199,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--processes",
         type=int,
-        default=_usable_cpus(),
+        default=usable_cpus(),
         metavar="N",
         help="default: one a usable CPU, %(default)s here; the result is the same",
     )
@@ -235,7 +235,7 @@ def run_builder(
         builder = {"builder": name, **_arguments(args)}
         items = candidates(args)
         total = len(items) if isinstance(items, Sized) else None
-        with building_progress(args.out.name, total) as progress:
+        with photos_progress(args.out.name, total) as progress:
             report = build(items, args.out, options, builder, progress)
         print_report(report)
     except PvtcapError as error:
@@ -276,7 +276,3 @@ def _checksums(value: object) -> str | list[str] | None:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

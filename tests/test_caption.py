@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from test_checkpoint import write
 
 from pvtcap import sheet
@@ -80,8 +80,9 @@ def test_the_sheet_shows_photos_in_rows_with_text_below(tmp_path: Path) -> None:
     sheet.draw(entries, tmp_path / "deep/er/sheet.png")
     with Image.open(tmp_path / "deep/er/sheet.png") as image:
         image.load()
-    width, height = sheet.CELL_PX + sheet.MARGIN_PX, sheet.CELL_PX + sheet.TEXT_PX
-    assert image.size == (4 * width + sheet.MARGIN_PX, 2 * height + sheet.MARGIN_PX)
+    width, height = sheet.CELL_PX + sheet.MARGIN_PX, image.height
+    assert image.width == 4 * width + sheet.MARGIN_PX
+    assert height > 2 * sheet.CELL_PX
     red = image.getpixel((sheet.MARGIN_PX + 50, sheet.MARGIN_PX + 100))
     assert isinstance(red, tuple)
     assert red[0] > 240
@@ -89,3 +90,18 @@ def test_the_sheet_shows_photos_in_rows_with_text_below(tmp_path: Path) -> None:
     # Some of the text is black: it was written, and under the photo.
     band = image.crop((sheet.MARGIN_PX, sheet.CELL_PX + 10, width, height)).convert("L")
     assert min(band.get_flattened_data()) < 60
+
+
+def test_the_sheet_wraps_captions_and_makes_room_for_all(tmp_path: Path) -> None:
+    font = ImageFont.load_default(13)
+    lines = sheet.wrapped("a dog runs over the green grass , " * 3 + "https" + "w" * 60 + " .", font, 200, 50)
+    assert all(font.getlength(line.removesuffix(" .").removesuffix(" ,")) <= 200 for line in lines)
+    assert "".join(lines).replace(" ", "").endswith("w" * 60 + ".")
+    assert sheet.wrapped("a dog " * 100, font, 200, 2)[1].endswith("…")
+    assert sheet.wrapped("", font, 200, 2) == []
+    heights = []
+    for more in ((), ("another one",), ("another one", "a third")):
+        sheet.draw([sheet.Entry(encoded("red"), "one", more=more)], tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as image:
+            heights.append(image.height)
+    assert heights[0] < heights[1] < heights[2]

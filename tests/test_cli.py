@@ -143,12 +143,48 @@ def test_photos_and_captions_that_are_none(config: Config, tmp_path: Path) -> No
 def test_the_shards_command(shapes: Path, tmp_path: Path) -> None:
     helped = pvtcap("shards", "--help")
     assert "builders: coco, flickr30k, flickr8k, folder, shapes" in helped.stdout
+    for word in ("info", "verify"):
+        assert f"pvtcap shards {word} DIR" in helped.stdout
+        explained = pvtcap("shards", word, "--help")
+        assert (explained.returncode, "--json" in explained.stdout) == (0, True)
+        assert "required: DIR" in one_line(pvtcap("shards", word))
     assert "Did you mean 'shapes'" in one_line(pvtcap("shards", "shape", "--out", tmp_path / "out"))
+    assert "Did you mean 'verify'" in one_line(pvtcap("shards", "verfy", shapes / "train"))
     verified = pvtcap("shards", "verify", shapes / "train")
     assert (verified.returncode, "nothing wrong" in verified.stdout) == (0, True)
-    damaged = pvtcap("shards", "verify", damaged_copy(shapes, tmp_path, "not a photo"))
-    assert damaged.returncode == 1
-    assert "sha256" in damaged.stdout
+    damaged = damaged_copy(shapes, tmp_path, "not a photo")
+    verified = pvtcap("shards", "verify", damaged)
+    assert verified.returncode == 1
+    assert "sha256" in verified.stdout
+
+
+def test_shards_as_json(shapes: Path, tmp_path: Path) -> None:
+    """One object on stdout and nothing else, whatever else is said."""
+    done = pvtcap("shards", "info", shapes / "train", "--json", "--out", tmp_path / "pictures")
+    assert (done.returncode, json.loads(done.stdout)["num_samples"]) == (0, 48)
+    assert done.stderr.count("drawn: ") == 2
+    assert "48" in pvtcap("shards", "info", shapes / "train").stdout
+    done = pvtcap("shards", "verify", shapes / "train", "--json")
+    sizes = [tar.stat().st_size for tar in (shapes / "train").glob("*.tar")]
+    whole = {"num_shards": 3, "num_samples": 48, "bytes_read": sum(sizes), "problems": [], "ok": True}
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"path": str(shapes / "train"), **whole}
+    damaged = damaged_copy(shapes, tmp_path, "truncated tar")
+    done = pvtcap("shards", "verify", damaged, "--json", "--processes", "1")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"], found["num_samples"]) == (1, False, 48)
+    assert found["problems"][0].keys() == {"shard", "key", "problem"}
+    # A name that rich would read as markup that nobody opened.
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["shards"][0]["file"] = "[red] [bold.tar"
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    done = pvtcap("shards", "verify", damaged)
+    assert (done.returncode, "[red] [bold.tar" in done.stdout, done.stderr) == (1, True, "")
+    (damaged / "manifest.json").write_text("{")
+    for word in ("info", "verify"):
+        done = pvtcap("shards", word, damaged, "--json")
+        assert "not a valid Manifest" in one_line(done)
+        assert done.stdout == ""
 
 
 def test_words_about_pvtcap_itself(tmp_path: Path) -> None:

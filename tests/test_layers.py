@@ -15,16 +15,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"recipes", "dist", "order", "shardset", "pixels", "metrics"},
-    {"config", "photo", "sheet", "scoretable"},
-    {"text", "candidate", "encoder", "projection"},
+    {"recipes", "dist", "order", "shardset", "pixels", "metrics", "processes", "distribution"},
+    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo"},
+    {"text", "candidate", "encoder", "projection", "infotable", "infopictures"},
     {"shardtar"},
     {"shardfolder", "buildreport"},
     {"shardwriter", "shardverify", "stream", "decoder"},
     {"captioner", "captionfiles"},
     {"weights", "engine", "monitor", "cococaptions"},
     {"checkpoint"},
-    {"train", "evaluate", "caption"},
+    {"train", "evaluate", "caption", "shardcommands"},
     {"cli"},
     {"__main__"},
 ]

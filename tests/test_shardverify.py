@@ -6,14 +6,20 @@ import hashlib
 import io
 import json
 import os
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from pvtcap.errors import ShardError
 from pvtcap.shardset import ShardSet
-from pvtcap.shardverify import verify
+from pvtcap.shardverify import Verification, inspect, verify
 from pvtcap.shardwriter import BuildOptions, Candidate, PhotoBytes, SkippedItem, build
 
 
@@ -132,3 +138,107 @@ def test_nothing_to_verify_against(cats: Path) -> None:
     (cats / "manifest.json").unlink()
     with pytest.raises(ShardError, match="without a manifest"):
         verify(cats)
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m["shards"][0].update(size_bytes=-1), r"shards\.0\.size_bytes"),
+        (lambda m: m["shards"][0].update(num_samples=10**400), r"shards\.0\.num_samples"),
+        (lambda m: m["shards"][0].update(file="../cats-000000.tar"), r"shards\.0\.file"),
+        (lambda m: m["shards"][0].update(file="..\\cats.tar"), r"shards\.0\.file"),
+        (lambda m: m["shards"][0].update(file="/etc/passwd"), r"shards\.0\.file"),
+        (lambda m: m.update(shards="none"), "shards"),
+        (lambda m: m.update(format="webdataset/9"), "unknown format"),
+        (lambda m: m.update(more=1), "more"),
+    ],
+)
+def test_a_manifest_that_is_none(cats: Path, change: Callable[[Any], None], says: str) -> None:
+    edit(cats / "manifest.json", change)
+    with pytest.raises(ShardError, match=says):
+        verify(cats)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"{}"])
+def test_a_manifest_of_rubbish(cats: Path, raw: bytes) -> None:
+    (cats / "manifest.json").write_bytes(raw)
+    with pytest.raises(ShardError, match="not a valid Manifest"):
+        verify(cats)
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".tar", "a\0.tar", "\n.tar", "[red].tar"])
+def test_a_name_that_no_file_has(cats: Path, name: str) -> None:
+    edit(cats / "manifest.json", lambda m: m["shards"][1].update(file=name))
+    assert (name, "", "the tar is missing") in told(cats)
+    with pytest.raises(ShardError, match="missing"):
+        ShardSet.open(cats)
+
+
+def test_numbers_that_are_not_the_shards(cats: Path) -> None:
+    edit(cats / "manifest.json", lambda m: m["shards"][0].update(size_bytes=2**62, num_samples=2**62))
+    assert any(shard == "cats-000000.tar" and problem.startswith("truncated") for shard, _, problem in told(cats))
+    assert any("wrong number of samples" in problem for _, _, problem in told(cats))
+
+
+def test_the_same_shard_named_twice_and_none_named(cats: Path) -> None:
+    edit(cats / "manifest.json", lambda m: m["shards"].append(m["shards"][0]))
+    assert ("manifest.json", "", "it names cats-000000.tar 2 times") in told(cats)
+    edit(cats / "manifest.json", lambda m: m.update(shards=[], num_samples=0, num_captions=0))
+    assert ("manifest.json", "", "no samples") in told(cats)
+
+
+@pytest.mark.parametrize("span", [[2**62, 2**62], [0, 2**62], [2**63 - 1, 1], [10**6, 7]])
+def test_an_index_that_leads_out_of_its_tar(cats: Path, span: list[int]) -> None:
+    def change(index: Any) -> None:
+        index["photos"][0] = index["texts"][1] = span
+
+    edit(cats / "cats-000000.index.json", change)
+    vouch_for(cats, 0)
+    problems = [(key, problem) for shard, key, problem in told(cats) if shard == "cats-000000.tar"]
+    assert {key for key, problem in problems if "truncated tar" in problem} == {"cat0", "cat1"}
+
+
+@pytest.mark.parametrize("what", ["cats-000000.tar", "cats-000000.index.json", "skipped.jsonl"])
+def test_a_folder_in_the_place_of_a_file(cats: Path, what: str) -> None:
+    (cats / what).unlink()
+    (cats / what).mkdir()
+    assert any(what in (shard, problem) or what in problem for shard, _, problem in told(cats))
+
+
+def test_a_tar_that_leads_backwards(cats: Path) -> None:
+    """A member of negative size, over which Python's tarfile goes round for ever."""
+    tar = cats / "cats-000000.tar"
+    header = tarfile.TarInfo.frombuf(tar.read_bytes()[:512], "utf-8", "strict")
+    header.size = -1024
+    overwrite(tar, 0, header.tobuf(tarfile.GNU_FORMAT))
+    vouch_for(cats, 0)
+    assert any("not readable as a tar" in problem for _, _, problem in told(cats))
+
+
+def test_damage_anywhere_is_a_problem_and_never_a_traceback(cats: Path, tmp_path: Path) -> None:
+    dice = random.Random(1)
+    for trial in range(60):
+        folder = tmp_path / f"damaged{trial}"
+        shutil.copytree(cats, folder)
+        path = folder / dice.choice(["manifest.json", "cats-000001.index.json", "cats-000001.tar"])
+        raw = bytearray(path.read_bytes())
+        for _ in range(dice.randint(1, 8)):
+            raw[dice.randrange(len(raw))] = dice.choice(b'\0\x80\xff09-.["{')
+        path.write_bytes(raw)
+        with suppress(ShardError, ValueError, KeyError, OSError, TypeError, IndexError):  # of a damaged manifest
+            vouch_for(folder, 1)
+        with suppress(ShardError):
+            verify(folder)
+
+
+def test_what_was_read_is_counted(cats: Path) -> None:
+    sizes = [tar.stat().st_size for tar in sorted(cats.glob("*.tar"))]
+    assert inspect(cats) == Verification(3, 6, sum(sizes), [])
+    os.truncate(cats / "cats-000000.tar", 2_000)
+    assert inspect(cats, processes=2).bytes_read == sum(sizes[1:])

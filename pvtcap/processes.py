@@ -1,0 +1,65 @@
+"""Work in several processes, in order: the CPUs there are to use, and a map that looks ahead by a bounded number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from typing import TypeVar
+
+from pvtcap.errors import ShardError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use, which under Slurm or in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(
+    task: Callable[[T], R], items: Iterable[T], processes: int, do: str = "Run it again with fewer --processes."
+) -> Generator[R, None, None]:
+    """``task`` of each item, in the items' order; with 0 or 1 processes this process does it.
+
+    At most two items a process wait or are done ahead of the one given. ``task``, items and results are pickled.
+    Raises ShardError when a worker dies; ``do`` is what its line advises.
+    """
+    if processes <= 1:
+        yield from map(task, items)
+        return
+    # Spawned, not forked: whoever calls may hold threads (torch, rich) that do not survive a fork.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(task, item))
+            if len(pending) > 2 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ShardError("a worker process died, for lack of memory perhaps", do=do) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """What a worker process begins with: Ctrl-C is its parent's matter, and so is how long it lives."""
+    # Ctrl-C reaches the whole process group; only the main process is to act on it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
