@@ -23,7 +23,7 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 
 from pvtcap.errors import ShardError
-from pvtcap.photo import BadPhoto, PhotoSource, close_zips, encode_photo, read_photo
+from pvtcap.photo import BadPhoto, Encoding, PhotoSource, close_zips, encode_photo, read_photo
 from pvtcap.shardset import SkippedItem
 
 _CHUNK = 16  # photos a worker is handed at a time: enough to hide the hand-over, little to hold in memory
@@ -35,7 +35,7 @@ class Candidate:
     """A photo with its captions, as a builder found them; ``source`` names the dataset.
 
     ``key`` may be any text that is unique in the build: ``clean_key`` makes a file name of it. ``image_id`` is what a
-    COCO results file will carry.
+    COCO results file will carry. ``url`` is stored too where it is known: owners ask where a photo came from.
     """
 
     key: str
@@ -43,6 +43,7 @@ class Candidate:
     captions: tuple[str, ...]
     source: str
     photo: PhotoSource
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ Work = tuple[int, str, Candidate | SkippedItem]
 Result = tuple[int, str, Prepared | SkippedItem]
 
 
-def prepare(candidate: Candidate | SkippedItem, short_side_px: int | None, jpeg_quality: int) -> Prepared | SkippedItem:
+def prepare(candidate: Candidate | SkippedItem, encoding: Encoding) -> Prepared | SkippedItem:
     """Read, check and encode one candidate. What a builder skipped itself passes through."""
     if isinstance(candidate, SkippedItem):
         return candidate
@@ -76,7 +77,7 @@ def prepare(candidate: Candidate | SkippedItem, short_side_px: int | None, jpeg_
     if not captions:
         return SkippedItem(key=key, reason="no caption", detail=f"{len(empty)} empty")
     try:
-        photo = encode_photo(read_photo(candidate.photo), short_side_px, jpeg_quality)
+        photo = encode_photo(read_photo(candidate.photo), encoding)
     except BadPhoto as error:
         return SkippedItem(key=key, reason=error.reason, detail=error.detail)
     text = {
@@ -85,26 +86,25 @@ def prepare(candidate: Candidate | SkippedItem, short_side_px: int | None, jpeg_
         "width": photo.width,
         "height": photo.height,
         "source": candidate.source,
+        **({"url": candidate.url} if candidate.url else {}),
     }
     return Prepared(key, photo.jpeg, json.dumps(text, ensure_ascii=False).encode(), len(captions), empty)
 
 
-def prepare_in_order(
-    work: Iterator[Work], processes: int, short_side_px: int | None, jpeg_quality: int
-) -> Generator[Result, None, None]:
+def prepare_in_order(work: Iterator[Work], encoding: Encoding, processes: int) -> Generator[Result, None, None]:
     """Prepare candidates in ``processes`` processes, in order, looking ahead by a bounded number of chunks.
 
     With 0 or 1 processes this process does it. Raises ShardError when a worker dies.
     """
     chunks = iter(lambda: list(itertools.islice(work, _CHUNK)), [])
-    task = partial(_prepare_chunk, short_side_px=short_side_px, jpeg_quality=jpeg_quality)
+    task = partial(_prepare_chunk, encoding=encoding)
     if processes <= 1:
         for chunk in chunks:
             yield from task(chunk)
         close_zips()
         return
     # Spawned, not forked: whoever builds may hold threads (torch, rich) that do not survive a fork.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
     pending: deque[Future[list[Result]]] = deque()
     try:
         for chunk in chunks:
@@ -114,12 +114,16 @@ def prepare_in_order(
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ShardError(
-            "a worker process died, for lack of memory perhaps",
-            do="Run the same command again with fewer --processes: it goes on.",
-        ) from error
+        raise worker_died() from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_died() -> ShardError:
+    return ShardError(
+        "a worker process died, for lack of memory perhaps",
+        do="Run the same command again with fewer --processes: it goes on.",
+    )
 
 
 def clean_caption(caption: str) -> str:
@@ -135,11 +139,12 @@ def clean_key(key: str) -> str:
     return clean
 
 
-def _prepare_chunk(chunk: list[Work], short_side_px: int | None, jpeg_quality: int) -> list[Result]:
-    return [(number, key, prepare(item, short_side_px, jpeg_quality)) for number, key, item in chunk]
+def _prepare_chunk(chunk: list[Work], encoding: Encoding) -> list[Result]:
+    return [(number, key, prepare(item, encoding)) for number, key, item in chunk]
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a process of a pool does first."""
     # Ctrl-C reaches the whole process group; only the main process is to act on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
