@@ -26,11 +26,14 @@ from pvtcap.shardset import Manifest, SkippedItem
 
 @dataclass(frozen=True)
 class BuildReport:
-    """A finished build. ``num_resumed`` of its samples were already there from an interrupted run."""
+    """A finished build: what was skipped is counted in the manifest, ``examples`` has the first item of each reason.
+
+    ``num_resumed`` of its samples were already there from an interrupted run.
+    """
 
     path: Path
     manifest: Manifest
-    skipped: list[SkippedItem]
+    examples: dict[str, SkippedItem]
     num_candidates: int
     num_resumed: int
     seconds: float
@@ -72,20 +75,17 @@ def print_report(report: BuildReport) -> None:
     console.print(table)
     if report.num_resumed:
         console.print(f"{report.num_resumed:,} samples were there from an interrupted run.")
-    if report.skipped:
+    if report.examples:
         console.print(_skipped_table(report))
 
 
 def _skipped_table(report: BuildReport) -> Table:
-    examples: dict[str, SkippedItem] = {}
-    for item in report.skipped:
-        examples.setdefault(item.reason, item)
     table = Table(title="left out (each one is in skipped.jsonl)", title_justify="left")
     table.add_column("reason", overflow="fold")
     table.add_column("count", justify="right")
     table.add_column("for example", overflow="fold")
     for reason, count in report.manifest.skipped.items():
-        example = examples[reason]
+        example = report.examples[reason]
         # Text, not str: rich would read a bracket in a file name as markup.
         table.add_row(
             Text(reason), f"{count:,}", Text(f"{example.key}: {example.detail}" if example.detail else example.key)

@@ -16,8 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from pvtcap.photo import BadPhoto, PhotoSource, close_zips, encode_photo, read_photo
-from pvtcap.processes import map_in_order
+from pvtcap.photo import BadPhoto, Encoding, PhotoSource, close_zips, encode_photo, read_photo
+from pvtcap.processes import AGAIN, map_in_order
 from pvtcap.shardset import SkippedItem
 
 _CHUNK = 16  # photos a worker is handed at a time: enough to hide the hand-over, little to hold in memory
@@ -29,7 +29,7 @@ class Candidate:
     """A photo with its captions, as a builder found them; ``source`` names the dataset.
 
     ``key`` may be any text that is unique in the build: ``clean_key`` makes a file name of it. ``image_id`` is what a
-    COCO results file will carry.
+    COCO results file will carry. ``url`` is stored too where it is known: owners ask where a photo came from.
     """
 
     key: str
@@ -37,6 +37,7 @@ class Candidate:
     captions: tuple[str, ...]
     source: str
     photo: PhotoSource
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ Work = tuple[int, str, Candidate | SkippedItem]
 Result = tuple[int, str, Prepared | SkippedItem]
 
 
-def prepare(candidate: Candidate | SkippedItem, short_side_px: int | None, jpeg_quality: int) -> Prepared | SkippedItem:
+def prepare(candidate: Candidate | SkippedItem, encoding: Encoding) -> Prepared | SkippedItem:
     """Read, check and encode one candidate. What a builder skipped itself passes through."""
     if isinstance(candidate, SkippedItem):
         return candidate
@@ -70,7 +71,7 @@ def prepare(candidate: Candidate | SkippedItem, short_side_px: int | None, jpeg_
     if not captions:
         return SkippedItem(key=key, reason="no caption", detail=f"{len(empty)} empty")
     try:
-        photo = encode_photo(read_photo(candidate.photo), short_side_px, jpeg_quality)
+        photo = encode_photo(read_photo(candidate.photo), encoding)
     except BadPhoto as error:
         return SkippedItem(key=key, reason=error.reason, detail=error.detail)
     text = {
@@ -79,21 +80,19 @@ def prepare(candidate: Candidate | SkippedItem, short_side_px: int | None, jpeg_
         "width": photo.width,
         "height": photo.height,
         "source": candidate.source,
+        **({"url": candidate.url} if candidate.url else {}),
     }
     return Prepared(key, photo.jpeg, json.dumps(text, ensure_ascii=False).encode(), len(captions), empty)
 
 
-def prepare_in_order(
-    work: Iterator[Work], processes: int, short_side_px: int | None, jpeg_quality: int
-) -> Generator[Result, None, None]:
+def prepare_in_order(work: Iterator[Work], encoding: Encoding, processes: int) -> Generator[Result, None, None]:
     """Prepare candidates in ``processes`` processes, in order, looking ahead by a bounded number of chunks.
 
     With 0 or 1 processes this process does it. Raises ShardError when a worker dies.
     """
     chunks = iter(lambda: list(itertools.islice(work, _CHUNK)), [])
-    task = partial(_prepare_chunk, short_side_px=short_side_px, jpeg_quality=jpeg_quality)
-    again = "Run the same command again with fewer --processes: it goes on."
-    with closing(map_in_order(task, chunks, processes, again)) as results:
+    task = partial(_prepare_chunk, encoding=encoding)
+    with closing(map_in_order(task, chunks, processes, AGAIN)) as results:
         for chunk in results:
             yield from chunk
     close_zips()
@@ -112,5 +111,5 @@ def clean_key(key: str) -> str:
     return clean
 
 
-def _prepare_chunk(chunk: list[Work], short_side_px: int | None, jpeg_quality: int) -> list[Result]:
-    return [(number, key, prepare(item, short_side_px, jpeg_quality)) for number, key, item in chunk]
+def _prepare_chunk(chunk: list[Work], encoding: Encoding) -> list[Result]:
+    return [(number, key, prepare(item, encoding)) for number, key, item in chunk]

@@ -202,6 +202,18 @@ class PhotoPlaces:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How photos are stored, and which are: ``short_side_px`` scales down, never up; the two limits are on the photo
+    as it comes, and None and 0 are no limits. ``max_aspect_ratio`` is the long side over the short one.
+    """
+
+    short_side_px: int | None = None
+    jpeg_quality: int = 90
+    min_side_px: int = 0
+    max_aspect_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedPhoto:
     """A baseline-readable RGB JPEG, upright; ``width`` and ``height`` in pixels."""
 
@@ -220,8 +232,8 @@ def read_photo(source: PhotoSource) -> bytes:
         raise BadPhoto("unreadable photo", str(error)) from error
 
 
-def encode_photo(raw: bytes, short_side_px: int | None, jpeg_quality: int) -> EncodedPhoto:
-    """Decode ``raw`` in full and give the JPEG to store, its short side at most ``short_side_px``.
+def encode_photo(raw: bytes, encoding: Encoding) -> EncodedPhoto:
+    """Decode ``raw`` in full and give the JPEG to store, its short side at most ``encoding.short_side_px``.
 
     A JPEG that is RGB, upright and small enough is returned as it is, byte for byte. Everything else is turned
     upright (EXIF), laid over white where it is transparent, converted to RGB, scaled down (never up) and encoded;
@@ -229,7 +241,8 @@ def encode_photo(raw: bytes, short_side_px: int | None, jpeg_quality: int) -> En
     """
     with _pillow_errors(), Image.open(io.BytesIO(raw)) as image:
         width, height = image.size
-        target = _scaled_down(width, height, short_side_px)
+        _check_sides(width, height, encoding)
+        target = _scaled_down(width, height, encoding.short_side_px)
         if target != (width, height):
             # The JPEG decoder can halve sizes for next to nothing; from twice the target on, resampling hides it.
             image.draft("RGB", (2 * target[0], 2 * target[1]))
@@ -243,7 +256,7 @@ def encode_photo(raw: bytes, short_side_px: int | None, jpeg_quality: int) -> En
         if orientation in _UPRIGHT:
             rgb = rgb.transpose(_UPRIGHT[orientation])
         encoded = io.BytesIO()
-        rgb.save(encoded, "JPEG", quality=jpeg_quality)
+        rgb.save(encoded, "JPEG", quality=encoding.jpeg_quality)
         return EncodedPhoto(encoded.getvalue(), *rgb.size)
 
 
@@ -268,6 +281,14 @@ def _leads_outside(name: str) -> bool:
 def _open_zip(path: Path) -> zipfile.ZipFile:
     # Opening an archive reads its whole directory: once a process, not once a photo.
     return zipfile.ZipFile(path)
+
+
+def _check_sides(width: int, height: int, encoding: Encoding) -> None:
+    short, long = sorted((width, height))
+    if short < encoding.min_side_px:
+        raise BadPhoto("photo too small", f"{width} x {height}")
+    if encoding.max_aspect_ratio is not None and long > encoding.max_aspect_ratio * short:
+        raise BadPhoto("photo too long", f"{width} x {height}")
 
 
 def _scaled_down(width: int, height: int, short_side_px: int | None) -> tuple[int, int]:

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from pvtcap.errors import ShardError
 
+AGAIN = "Run the same command again with fewer --processes: it goes on."
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -45,9 +47,14 @@ def map_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise ShardError("a worker process died, for lack of memory perhaps", do=do) from error
+        raise worker_died(do) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_died(do: str) -> ShardError:
+    """What to raise when a pool is broken."""
+    return ShardError("a worker process died, for lack of memory perhaps", do=do)
 
 
 def start_worker() -> None:

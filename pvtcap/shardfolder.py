@@ -2,6 +2,7 @@
 
     building.json     what is being built: there from the first moment until the manifest is; resuming compares it
     NAME-000000.tar   written as .tar.partial, flushed, renamed; then its index, which says that the shard is finished
+    NAME-skipped-000000.json    an index without a tar: a long stretch of the input that gave no sample (dead links)
     skipped.jsonl     then
     manifest.json     last
 
@@ -14,7 +15,7 @@ import errno
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -30,33 +31,42 @@ from pvtcap.shardset import (
     SkippedItem,
     index_name,
     parse_json,
-    sha256_file,
     write_json,
 )
-from pvtcap.shardtar import ShardTar, shard_entry, tar_size
+from pvtcap.shardtar import ShardTar, photo_digest, shard_entry, tar_size
 
 BUILDING = "building.json"
 SKIPPED = "skipped.jsonl"
+REPORT = "report.json"  # a builder may write one
+_MOST_CANDIDATES = 10  # times samples_per_shard: where few photos can be had, shards are cut all the same
 
 
 class ShardFolder:
     """Writes samples in the order of ``add``; behind the shards an interrupted build of the same kind has finished.
 
     A shard is cut before it has more than ``samples_per_shard`` samples or ``shard_bytes`` bytes; a single sample
-    larger than that has a shard to itself.
+    larger than that has a shard to itself. It is cut too when it has used up ten times as many candidates, so that
+    an interruption never costs more than those, and memory holds what was left out of no more.
     """
 
-    def __init__(self, path: Path, samples_per_shard: int, shard_bytes: int | None) -> None:
+    def __init__(
+        self, path: Path, samples_per_shard: int, shard_bytes: int | None = None, drop_duplicates: bool = False
+    ) -> None:
         self.path = path
         self.samples_per_shard, self.shard_bytes = samples_per_shard, shard_bytes
+        self.drop_duplicates = drop_duplicates
         self.entries: list[ShardEntry] = []
-        self.skipped: list[SkippedItem] = []
+        self.skipped: Counter[str] = Counter()  # by reason
+        self.examples: dict[str, SkippedItem] = {}  # the first of each reason
         self.num_samples = 0
         self.num_candidates = 0
         self._next_candidate = 0  # the first that belongs to the shard now being written
         self._resumed_at = 0
         self._checks: dict[int, str] = {}
         self._tar: ShardTar | None = None
+        self._indexes: list[Path] = []  # of finished shards and stretches, in order
+        self._num_stretches = 0
+        self._digests: set[str] = set()
         self._pending: list[SkippedItem] = []
         self._last_candidate = ""
         self._made_folder = False
@@ -96,12 +106,16 @@ class ShardFolder:
     def add(self, number: int, key: str, result: Prepared | SkippedItem) -> None:
         """Store candidate ``number``, or note that it is left out."""
         with _writing(self.path):
+            if isinstance(result, Prepared) and self._is_duplicate(result):
+                detail = json.loads(result.text).get("url", "")
+                result = SkippedItem(key=result.key, reason="duplicate photo", detail=detail)
             if isinstance(result, SkippedItem):
-                self._pending.append(result)
+                self._leave_out([result])
             else:
                 self._add_sample(number, result)
             self._last_candidate = key
-            if self._tar is not None and self._tar.num_samples == self.samples_per_shard:
+            full = self._tar is not None and self._tar.num_samples == self.samples_per_shard
+            if full or number + 1 - self._next_candidate >= _MOST_CANDIDATES * self.samples_per_shard:
                 self._cut(number + 1)
 
     def finish_last(self) -> None:
@@ -117,8 +131,6 @@ class ShardFolder:
         with _writing(self.path):
             if self._tar is not None:
                 self._cut(self.num_candidates)
-        self.skipped += self._pending
-        self._pending = []
 
     def complete(self, build: dict[str, Any]) -> Manifest:
         """Write skipped.jsonl and, last, the manifest."""
@@ -128,15 +140,16 @@ class ShardFolder:
             num_samples=self.num_samples,
             num_captions=sum(entry.num_captions for entry in self.entries),
             shards=self.entries,
-            skipped=dict(sorted(Counter(item.reason for item in self.skipped).items())),
+            skipped=dict(sorted(self.skipped.items())),
             build=json.loads(json.dumps(build, default=str)),
         )
         with _writing(self.path):
             partial = self.path / f"{SKIPPED}.partial"
-            partial.write_text("".join(item.model_dump_json() + "\n" for item in self.skipped), encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(item.model_dump_json() + "\n" for item in self._all_skipped())
             partial.replace(self.path / SKIPPED)
             write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
-            self._remove([self.path / BUILDING])
+            self._remove([self.path / BUILDING, *(self._stretch_path(n) for n in range(self._num_stretches))])
         return manifest
 
     def stop(self) -> None:
@@ -144,7 +157,7 @@ class ShardFolder:
         if self._tar is not None:
             self._tar.abandon()
             self._tar = None
-        if self.entries:
+        if self._indexes:
             self._leave_finished()
         else:
             self.remove()
@@ -183,11 +196,16 @@ class ShardFolder:
             )
 
     def _find_finished(self) -> None:
-        """Take over finished shards up to the first gap; what lies behind it is deleted."""
-        while (finished := self._finished(len(self.entries))) is not None:
-            tar, index = finished
-            self.entries.append(shard_entry(tar, index, sha256_file(tar)))
-            self.skipped += index.skipped
+        """Take over finished shards and stretches up to the first gap; what lies behind it is deleted."""
+        while (found := self._next_finished()) is not None:
+            index_path, index = found
+            self._indexes.append(index_path)
+            if index.keys:
+                self.entries.append(shard_entry(self._tar_path(len(self.entries)), index))
+            else:
+                self._num_stretches += 1
+            self._digests.update(index.photo_digests)
+            self._count(index.skipped)
             self.num_samples += len(index.keys)
             self._next_candidate = index.candidates[1]
             self._checks[self._next_candidate - 1] = index.last_candidate
@@ -195,43 +213,81 @@ class ShardFolder:
         self._leave_finished()
 
     def _leave_finished(self) -> None:
-        kept = {BUILDING} | {name for entry in self.entries for name in (entry.file, entry.index_file)}
+        kept = {BUILDING} | {path.name for path in self._indexes} | {entry.file for entry in self.entries}
         self._remove(file for file in self._ours() if file.name not in kept)
 
-    def _finished(self, shard: int) -> tuple[Path, ShardIndex] | None:
-        tar = self._tar_path(shard)
-        index_path = tar.with_name(index_name(tar.name))
-        if not (tar.is_file() and index_path.is_file()):
-            return None
-        index = parse_json(ShardIndex, index_path.read_bytes(), index_path)
-        offset, size = index.texts[-1]
-        whole = tar.stat().st_size == tar_size(offset + size) and index.candidates[0] == self._next_candidate
-        return (tar, index) if whole else None
+    def _next_finished(self) -> tuple[Path, ShardIndex] | None:
+        """The index of the shard, or else of the stretch, that goes on where the finished ones end."""
+        tar, stretch = self._tar_path(len(self.entries)), self._stretch_path(self._num_stretches)
+        for index_path in (tar.with_name(index_name(tar.name)), stretch):
+            if not index_path.is_file():
+                continue
+            index = parse_json(ShardIndex, index_path.read_bytes(), index_path)
+            whole = index_path == stretch or (
+                tar.is_file() and tar.stat().st_size == tar_size(sum(index.texts[-1])) and bool(index.tar_sha256)
+            )
+            if whole and index.candidates[0] == self._next_candidate:
+                return index_path, index
+        return None
+
+    def _is_duplicate(self, sample: Prepared) -> bool:
+        if not self.drop_duplicates:
+            return False
+        digest = photo_digest(sample.photo)
+        known = digest in self._digests
+        self._digests.add(digest)
+        return known
 
     def _add_sample(self, number: int, sample: Prepared) -> None:
         if self._tar is not None and self.shard_bytes is not None and self._tar.size_with(sample) > self.shard_bytes:
             self._cut(number)
         if self._tar is None:
-            self._tar = ShardTar(self._tar_path(len(self.entries)))
+            self._tar = ShardTar(self._tar_path(len(self.entries)), self.drop_duplicates)
         self._tar.add(sample)
-        self._pending += sample.skipped
+        self._leave_out(sample.skipped)
         self.num_samples += 1
 
     def _cut(self, stop: int) -> None:
-        assert self._tar is not None
-        entry = self._tar.finish((self._next_candidate, stop), self._last_candidate, self._pending)
-        self._tar = None
-        self.entries.append(entry)
-        self.skipped += self._pending
+        """Finish the shard, or note the stretch without one, that ends before candidate ``stop``."""
+        candidates = self._next_candidate, stop
+        if self._tar is None:
+            index_path = self._stretch_path(self._num_stretches)
+            index = ShardIndex.of_nothing(candidates, self._last_candidate, self._pending)
+            write_json(index_path, index.model_dump(mode="json"))
+            self._num_stretches += 1
+        else:
+            entry = self._tar.finish(candidates, self._last_candidate, self._pending)
+            index_path = self.path / entry.index_file
+            self._tar = None
+            self.entries.append(entry)
+        self._indexes.append(index_path)
         self._pending = []
         self._next_candidate = stop
+
+    def _leave_out(self, items: Sequence[SkippedItem]) -> None:
+        self._pending += items
+        self._count(items)
+
+    def _count(self, items: Sequence[SkippedItem]) -> None:
+        for item in items:
+            self.skipped[item.reason] += 1
+            self.examples.setdefault(item.reason, item)
+
+    def _all_skipped(self) -> Iterator[SkippedItem]:
+        for index_path in self._indexes:
+            yield from parse_json(ShardIndex, index_path.read_bytes(), index_path).skipped
+        yield from self._pending
 
     def _tar_path(self, shard: int) -> Path:
         return self.path / f"{self.path.resolve().name}-{shard:06d}.tar"
 
+    def _stretch_path(self, stretch: int) -> Path:
+        return self.path / f"{self.path.resolve().name}-skipped-{stretch:06d}.json"
+
     def _ours(self) -> list[Path]:
         name = re.escape(self.path.resolve().name)
-        pattern = rf"({name}-\d{{6}}\.(tar|index\.json)|manifest\.json|building\.json|skipped\.jsonl)(\.partial)?"
+        shards = rf"{name}-\d{{6}}\.(tar|index\.json)|{name}-skipped-\d{{6}}\.json"
+        pattern = rf"({shards}|manifest\.json|building\.json|skipped\.jsonl|report\.json)(\.partial)?"
         return [file for file in self.path.iterdir() if re.fullmatch(pattern, file.name)]
 
     def _partials(self) -> list[Path]:

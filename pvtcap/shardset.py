@@ -79,8 +79,9 @@ class SkippedItem(_Record):
 class ShardIndex(_Record):
     """Where the members of one shard lie: ``photos`` and ``texts`` are [offset, size] in bytes, aligned with ``keys``.
 
-    ``candidates`` is the range [start, stop) of the build's input that this shard used up, and ``skipped`` what was
-    left out of it: together they let an interrupted build go on behind its last finished shard.
+    The rest lets an interrupted build go on behind its last finished shard, without reading it: ``candidates`` is the
+    range [start, stop) of the build's input that this shard used up, ``skipped`` what was left out of it,
+    ``photo_digests`` (only where duplicates are dropped) the photos it holds.
     """
 
     keys: list[str]
@@ -90,6 +91,21 @@ class ShardIndex(_Record):
     candidates: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     last_candidate: str = ""
     skipped: list[SkippedItem] = []
+    tar_sha256: str = ""
+    photo_digests: list[str] = []
+
+    @classmethod
+    def of_nothing(cls, candidates: tuple[int, int], last_candidate: str, skipped: list[SkippedItem]) -> Self:
+        """What stands for a stretch of the input that gave no sample."""
+        return cls(
+            keys=[],
+            photos=[],
+            texts=[],
+            num_captions=0,
+            candidates=candidates,
+            last_candidate=last_candidate,
+            skipped=skipped,
+        )
 
 
 class _Text(BaseModel):

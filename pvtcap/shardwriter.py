@@ -22,17 +22,19 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pvtcap.buildreport import BuildReport, photos_progress, print_report
-from pvtcap.candidate import Candidate, Work, clean_key, prepare_in_order
+from pvtcap.candidate import Candidate, Result, Work, clean_key, prepare_in_order
 from pvtcap.errors import ConfigError, PvtcapError, ShardError
 from pvtcap.photo import (
     PHOTO_SUFFIXES,
     BadPhoto,
+    Encoding,
     PhotoBytes,
     PhotoFile,
     PhotoInZip,
@@ -68,12 +70,17 @@ __all__ = [
 class BuildOptions:
     """How a ShardSet is written. All but the last three shape its bytes.
 
-    ``short_side_px`` scales photos down, never up; ``max_skipped`` is a fraction of the candidates. ``processes`` 0 or
-    1 prepares photos in this process.
+    ``short_side_px`` scales photos down, never up; photos with a side below ``min_side_px``, or longer than
+    ``max_aspect_ratio`` times their short side, are left out; ``drop_duplicates`` leaves out photos whose stored bytes
+    have been there before. ``max_skipped`` is a fraction of the candidates. ``processes`` 0 or 1 prepares photos in
+    this process.
     """
 
     short_side_px: int | None = None
     jpeg_quality: int = 90
+    min_side_px: int = 0
+    max_aspect_ratio: float | None = None
+    drop_duplicates: bool = False
     samples_per_shard: int = 1000
     shard_bytes: int | None = None
     processes: int = 1
@@ -87,16 +94,28 @@ class BuildOptions:
                 raise ConfigError("out of range", where=_option(name), got=value, wanted="1 or more")
         if not 1 <= self.jpeg_quality <= 100:
             raise ConfigError("out of range", where=_option("jpeg_quality"), got=self.jpeg_quality, wanted="1 to 100")
-        if self.processes < 0:
-            raise ConfigError("out of range", where=_option("processes"), got=self.processes, wanted="0 or more")
+        for name in ("processes", "min_side_px"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError("out of range", where=_option(name), got=value, wanted="0 or more")
+        if self.max_aspect_ratio is not None and not self.max_aspect_ratio >= 1:
+            raise ConfigError(
+                "out of range", where=_option("max_aspect_ratio"), got=self.max_aspect_ratio, wanted="1 or more"
+            )
         if not 0 <= self.max_skipped <= 1:
             raise ConfigError("out of range", where=_option("max_skipped"), got=self.max_skipped, wanted="0 to 1")
 
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(self.short_side_px, self.jpeg_quality, self.min_side_px, self.max_aspect_ratio)
+
     def shaping(self) -> dict[str, object]:
         """The options that the written bytes depend on."""
-        return {
-            name: getattr(self, name) for name in ("short_side_px", "jpeg_quality", "samples_per_shard", "shard_bytes")
-        }
+        others = {"processes", "overwrite", "max_skipped"}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in others}
+
+
+# (candidates that are wanted, how to store them, processes) → what became of each one, in order
+Prepare = Callable[[Iterator[Work], Encoding, int], Generator[Result, None, None]]
 
 
 def build(
@@ -105,11 +124,15 @@ def build(
     options: BuildOptions,
     builder: Mapping[str, object],
     progress: Callable[[int], object] = lambda done: None,
+    *,
+    prepare: Prepare = prepare_in_order,
+    names_are_unique: bool = False,
 ) -> BuildReport:
     """Build the ShardSet ``out`` from ``candidates``; ``builder`` (a name, arguments) goes into its manifest.
 
     Run again after an interruption, with equal ``candidates``, ``builder`` and options, it goes on behind the last
-    finished shard. ``progress`` is called with the number of candidates just done.
+    finished shard. ``progress`` is called with the number of candidates just done. ``prepare`` makes samples of the
+    candidates; ``names_are_unique`` vouches for their keys and image_ids: millions need not be remembered then.
 
     Raises ShardError when the folder cannot be used, when the disk is full (finished shards stay), and when more than
     ``options.max_skipped`` of the candidates had to be left out (nothing stays).
@@ -118,11 +141,13 @@ def build(
     candidates = iter(candidates)
     first = list(itertools.islice(candidates, 1))  # a builder's complaints come before anything is touched
     shaping = {**builder, **options.shaping()}
-    folder = ShardFolder(out, options.samples_per_shard, options.shard_bytes).start(shaping, options.overwrite)
+    folder = ShardFolder(out, options.samples_per_shard, options.shard_bytes, options.drop_duplicates)
+    folder.start(shaping, options.overwrite)
     num_resumed = folder.num_samples
     try:
-        work = (item for item in _numbered(itertools.chain(first, candidates)) if folder.wants(*item[:2]))
-        with closing(prepare_in_order(work, options.processes, options.short_side_px, options.jpeg_quality)) as results:
+        numbered = _numbered(itertools.chain(first, candidates), names_are_unique)
+        work = (item for item in numbered if folder.wants(*item[:2]))
+        with closing(prepare(work, options.encoding, options.processes)) as results:
             for number, key, result in results:
                 folder.add(number, key, result)
                 progress(1)
@@ -135,10 +160,10 @@ def build(
         raise error
     manifest = folder.complete(shaping)
     seconds = time.perf_counter() - started
-    return BuildReport(out, manifest, folder.skipped, folder.num_candidates, num_resumed, seconds)
+    return BuildReport(out, manifest, folder.examples, folder.num_candidates, num_resumed, seconds)
 
 
-def _numbered(candidates: Iterable[Candidate | SkippedItem]) -> Iterator[Work]:
+def _numbered(candidates: Iterable[Candidate | SkippedItem], names_are_unique: bool) -> Iterator[Work]:
     """Number the candidates, and turn each one whose key or image_id has been there before into a SkippedItem.
 
     That a name is taken does not depend on whether its first photo could be read, so resuming need not know.
@@ -147,7 +172,7 @@ def _numbered(candidates: Iterable[Candidate | SkippedItem]) -> Iterator[Work]:
     image_ids: dict[str, str] = {}
     for number, candidate in enumerate(candidates):
         item = candidate
-        if isinstance(candidate, Candidate):
+        if isinstance(candidate, Candidate) and not names_are_unique:
             key = clean_key(candidate.key)
             for reason, seen, name in (
                 ("duplicate key", keys, key),
@@ -165,7 +190,7 @@ def _too_many_skipped(folder: ShardFolder, max_skipped: float) -> ShardError | N
         return None
     if not folder.num_candidates:
         return ShardError("nothing to build from: no photo is named by the input", where=folder.path)
-    first = ", ".join(f"{item.key} ({item.reason})" for item in folder.skipped[:3])
+    first = ", ".join(f"{item.key} ({item.reason})" for item in itertools.islice(folder.examples.values(), 3))
     return ShardError(
         f"{num_skipped:,} of {folder.num_candidates:,} candidates had to be left out",
         where=folder.path,
@@ -175,27 +200,30 @@ def _too_many_skipped(folder: ShardFolder, max_skipped: float) -> ShardError | N
     )
 
 
-def add_build_options(parser: argparse.ArgumentParser) -> None:
+def add_build_options(parser: argparse.ArgumentParser, defaults: BuildOptions) -> None:
     """Give a builder's parser ``--out`` and the options that all builders share."""
-    defaults = BuildOptions()
     group = parser.add_argument_group("what is written")
+
+    def add(name: str, help: str, **how: Any) -> None:
+        default = getattr(defaults, name)
+        shown = "" if default is None or isinstance(default, bool) else " (default %(default)s)"
+        group.add_argument(_option(name), default=default, help=help + shown, **how)
+
     group.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the ShardSet's folder; its name names the tars"
     )
-    group.add_argument("--short-side-px", type=int, metavar="N", help="scale photos down (never up) to this short side")
-    group.add_argument(
-        "--jpeg-quality",
-        type=int,
-        default=defaults.jpeg_quality,
-        metavar="N",
-        help="of photos that are encoded anew (default %(default)s)",
+    add("short_side_px", "scale photos down (never up) to this short side", type=int, metavar="N")
+    add("jpeg_quality", "of photos that are encoded anew", type=int, metavar="N")
+    add("min_side_px", "leave out photos with a smaller side", type=int, metavar="N")
+    add("max_aspect_ratio", "leave out photos longer than this times their short side", type=float, metavar="X")
+    yes_or_no = "yes" if defaults.drop_duplicates else "no"
+    add(
+        "drop_duplicates",
+        f"leave out photos that are there already, byte for byte (default {yes_or_no})",
+        action=argparse.BooleanOptionalAction,
     )
-    group.add_argument(
-        "--samples-per-shard", type=int, default=defaults.samples_per_shard, metavar="N", help="default %(default)s"
-    )
-    group.add_argument(
-        "--shard-bytes", type=byte_count, metavar="SIZE", help="also cut shards at this size, such as 100MB"
-    )
+    add("samples_per_shard", "cut shards at this many samples", type=int, metavar="N")
+    add("shard_bytes", "also cut shards at this size, such as 100MB", type=byte_count, metavar="SIZE")
     group.add_argument(
         "--processes",
         type=int,
@@ -204,13 +232,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         help="default: one a usable CPU, %(default)s here; the result is the same",
     )
     group.add_argument("--overwrite", action="store_true", help="build anew what is already there")
-    group.add_argument(
-        "--max-skipped",
-        type=float,
-        default=defaults.max_skipped,
-        metavar="FRACTION",
-        help="fail when more of the candidates is left out (default %(default)s)",
-    )
+    add("max_skipped", "fail when more of the candidates is left out", type=float, metavar="FRACTION")
 
 
 def options_from(args: argparse.Namespace) -> BuildOptions:
@@ -223,20 +245,27 @@ def run_builder(
     parser: argparse.ArgumentParser,
     candidates: Callable[[argparse.Namespace], Iterable[Candidate | SkippedItem]],
     argv: list[str] | None = None,
-) -> None:
+    *,
+    defaults: BuildOptions = BuildOptions(),
+    prepare: Callable[[argparse.Namespace], Prepare] = lambda args: prepare_in_order,
+    names_are_unique: bool = False,
+    may_change: Collection[str] = (),
+) -> BuildReport:
     """A builder's ``main``: parse, build, print the tables. Exits with 2 and one line on stderr for a user's error.
 
     ``candidates`` gets the parsed arguments; when what it returns has a length, the progress bar has an end.
+    ``may_change`` names arguments that may differ when an interrupted build goes on; for the others see ``build``.
     """
-    add_build_options(parser)
+    add_build_options(parser, defaults)
     args = parser.parse_args(argv)
     try:
         options = options_from(args)
-        builder = {"builder": name, **_arguments(args)}
+        builder = {"builder": name, **_arguments(args, may_change)}
+        how = prepare(args)
         items = candidates(args)
         total = len(items) if isinstance(items, Sized) else None
         with photos_progress(args.out.name, total) as progress:
-            report = build(items, args.out, options, builder, progress)
+            report = build(items, args.out, options, builder, progress, prepare=how, names_are_unique=names_are_unique)
         print_report(report)
     except PvtcapError as error:
         print(f"pvtcap: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -245,6 +274,7 @@ def run_builder(
         kept = "finished shards are kept" if (args.out / BUILDING).exists() else "no shard was finished yet"
         print(f"pvtcap: interrupted; {kept}: run the same command again and it goes on", file=sys.stderr)
         raise SystemExit(130) from None
+    return report
 
 
 def byte_count(text: str) -> int:
@@ -256,9 +286,9 @@ def byte_count(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
-def _arguments(args: argparse.Namespace) -> dict[str, object]:
+def _arguments(args: argparse.Namespace, may_change: Collection[str]) -> dict[str, object]:
     """A builder's own arguments, with the checksums of the files among them: another caption file is another build."""
-    shared = {"out", *BuildOptions.__dataclass_fields__}
+    shared = {"out", *BuildOptions.__dataclass_fields__, *may_change}
     own = {name: value for name, value in vars(args).items() if name not in shared}
     checksums = {f"{name}_sha256": found for name, value in own.items() if (found := _checksums(value))}
     return own | checksums

@@ -142,7 +142,7 @@ def test_photos_and_captions_that_are_none(config: Config, tmp_path: Path) -> No
 
 def test_the_shards_command(shapes: Path, tmp_path: Path) -> None:
     helped = pvtcap("shards", "--help")
-    assert "builders: coco, flickr30k, flickr8k, folder, shapes" in helped.stdout
+    assert "builders: coco, conceptual-captions, flickr30k, flickr8k, folder, shapes" in helped.stdout
     for word in ("info", "verify"):
         assert f"pvtcap shards {word} DIR" in helped.stdout
         explained = pvtcap("shards", word, "--help")

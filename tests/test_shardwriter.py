@@ -201,7 +201,7 @@ def test_captions_are_cleaned_and_empty_ones_reported(tmp_path: Path) -> None:
     report = build([candidate(0, captions=captions)], tmp_path / "cats", BuildOptions(), BUILDER)
     assert list(ShardSet.open(tmp_path / "cats").captions()) == [("two lines and gaps", "half a ? surrogate")]
     assert report.manifest.skipped == {"empty caption": 1}
-    assert report.skipped[0].key == "cat0#1"
+    assert report.examples["empty caption"].key == "cat0#1"
 
 
 def test_long_and_odd_keys_become_file_names(tmp_path: Path) -> None:
