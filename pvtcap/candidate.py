@@ -104,7 +104,7 @@ def prepare_in_order(
         close_zips()
         return
     # Spawned, not forked: whoever builds may hold threads (torch, rich) that do not survive a fork.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
     pending: deque[Future[list[Result]]] = deque()
     try:
         for chunk in chunks:
@@ -139,7 +139,8 @@ def _prepare_chunk(chunk: list[Work], short_side_px: int | None, jpeg_quality: i
     return [(number, key, prepare(item, short_side_px, jpeg_quality)) for number, key, item in chunk]
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a worker process begins with: Ctrl-C is its parent's matter, and so is how long it lives."""
     # Ctrl-C reaches the whole process group; only the main process is to act on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()

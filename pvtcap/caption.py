@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tarfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from pvtcap import pixels
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import EvaluateConfig
 from pvtcap.errors import ShardError
+from pvtcap.photo import MAX_PHOTO_BYTES
+from pvtcap.tarwalk import Content, open_tar, walk_tar
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -47,11 +49,16 @@ def caption_photos(
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    descriptor = open_tar(path)
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.name.lower().endswith(SUFFIXES) else None
-                if file is not None:
-                    yield f"{path}:{member.name}", file.read()
-    except tarfile.TarError as error:
-        raise ShardError(f"not a readable tar ({error})", where=path) from None
+        for member in walk_tar(descriptor, path):
+            if member.kind == "folder" or not member.name.lower().endswith(SUFFIXES):
+                continue
+            name = f"{path}:{member.name if member.name.isprintable() else ascii(member.name)}"
+            if member.kind != "file":
+                raise ShardError(f"a {member.kind}, not a photo", where=name, do="Leave it out of the tar.")
+            if member.size > MAX_PHOTO_BYTES:
+                raise ShardError("photo too large", where=name, got=f"{member.size:,} bytes", wanted=MAX_PHOTO_BYTES)
+            yield name, Content(descriptor, member).read()
+    finally:
+        os.close(descriptor)

@@ -45,17 +45,26 @@ def main() -> None:
 
 @app.command(context_settings=PASS_ON)
 def shards(context: typer.Context) -> None:
-    """Build shards (BUILDER … --out DIR), or check them (verify DIR). --help lists the builders."""
+    """Build shards (BUILDER … --out DIR), index tars that are there (index DIR), or check (verify DIR).
+
+    --help lists the builders.
+    """
     from pvtcap import recipes
 
     words = context.args
     if not words or words[0] in ("-h", "--help"):
         names = sorted(path.stem.replace("_", "-") for path in (recipes.root() / "shards").glob("*.py"))
-        typer.echo("usage: pvtcap shards BUILDER [OPTIONS] --out DIR\n       pvtcap shards verify DIR\n")
+        usage = ("BUILDER [OPTIONS] --out DIR", "index DIR", "verify DIR")
+        typer.echo("usage: " + "\n       ".join(f"pvtcap shards {words}" for words in usage) + "\n")
         typer.echo(f"builders: {', '.join(names)}\n\n'pvtcap shards BUILDER --help' explains each.")
         return
     if words[0] == "verify":
         verify_shards(words[1:])
+        return
+    if words[0] == "index":
+        from pvtcap import shardindex
+
+        shardindex.run(words[1:])
         return
     script = recipes.find_builder(words[0])
     sys.argv = [f"pvtcap shards {words[0]}", *words[1:]]

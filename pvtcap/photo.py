@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 import zipfile
@@ -19,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
 from pvtcap.errors import ShardError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+MAX_PHOTO_BYTES = 256 << 20  # encoded; no camera's photo is near it, and a ZIP can expand to anything
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -74,7 +76,13 @@ class PhotoFile:
     path: Path
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        # O_NONBLOCK: a FIFO of that name would wait for a writer.
+        with open(self.path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise BadPhoto("unreadable photo", "not a plain file")
+            _check_bytes(found.st_size)
+            return file.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,14 @@ class PhotoInZip:
 
     def read(self) -> bytes:
         try:
-            return _open_zip(self.path).read(self.member)
+            archive = _open_zip(self.path)
+            member = archive.getinfo(self.member)
+            _check_bytes(member.file_size)
+            # zipfile unpacks as much as is asked for of these two, and all that there is of the others.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadPhoto("unreadable photo", f"neither stored nor deflated in {self.path.name}")
+            with archive.open(member) as file:
+                return file.read(member.file_size)
         except KeyError:
             raise FileNotFoundError(f"no {self.member} in {self.path}") from None
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -178,7 +193,7 @@ def encode_photo(raw: bytes, short_side_px: int | None, jpeg_quality: int) -> En
     upright (EXIF), laid over white where it is transparent, converted to RGB, scaled down (never up) and encoded;
     metadata and colour profiles are dropped then. Raises BadPhoto.
     """
-    with _pillow_errors(), Image.open(io.BytesIO(raw)) as image:
+    with pillow_errors(), Image.open(io.BytesIO(raw)) as image:
         width, height = image.size
         target = _scaled_down(width, height, short_side_px)
         if target != (width, height):
@@ -200,14 +215,53 @@ def encode_photo(raw: bytes, short_side_px: int | None, jpeg_quality: int) -> En
 
 def decode_photo(raw: bytes) -> tuple[int, int]:
     """Decode every pixel of ``raw``, to see that it can be; gives (width, height). Raises BadPhoto."""
-    with _pillow_errors(), Image.open(io.BytesIO(raw)) as image:
+    with pillow_errors(), Image.open(io.BytesIO(raw)) as image:
         image.load()
         return image.size
+
+
+def photo_size(file: IO[bytes]) -> tuple[int, int]:
+    """(width, height) of a JPEG, PNG or WebP from its first bytes, without decoding it. Raises BadPhoto."""
+    start = file.read(30)
+    file.seek(0)
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        width, height = _webp_size(start)  # Pillow would read all of it
+    else:
+        with pillow_errors(), Image.open(file, formats=["JPEG", "PNG"]) as image:
+            width, height = image.size
+    if min(width, height) < 1:
+        raise BadPhoto("damaged photo", f"{width} x {height} pixels")
+    if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+        raise BadPhoto("photo too large", f"{width} x {height} pixels")
+    return width, height
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned upright (EXIF), laid over white where it is transparent, converted to RGB."""
+    rgb, orientation = _to_rgb(image), image.getexif().get(_ORIENTATION, 1)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
 def close_zips() -> None:
     """Close the archives that ``PhotoInZip.read`` keeps open in this process."""
     _open_zip.cache_clear()
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_PHOTO_BYTES:
+        raise BadPhoto("photo too large (bytes)", f"{size:,}; wanted at most {MAX_PHOTO_BYTES:,}")
+
+
+def _webp_size(start: bytes) -> tuple[int, int]:
+    """From the first chunk of a WebP: lossy, lossless or extended (RFC 9649)."""
+    kind, low = start[12:16], int.from_bytes(start[21:25], "little")
+    if len(start) == 30 and kind == b"VP8 " and start[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(start[26:28], "little") & 0x3FFF, int.from_bytes(start[28:30], "little") & 0x3FFF
+    if kind == b"VP8L" and start[20:21] == b"\x2f" and len(start) >= 25:
+        return (low & 0x3FFF) + 1, (low >> 14 & 0x3FFF) + 1
+    if len(start) == 30 and kind == b"VP8X":
+        return int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
+    raise BadPhoto("damaged photo", "a WebP without its size")
 
 
 @lru_cache(maxsize=4)
@@ -235,7 +289,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _pillow_errors() -> Iterator[None]:
+def pillow_errors() -> Iterator[None]:
     """Everything that Pillow raises for bad bytes, as BadPhoto with a reason that can be counted."""
     try:
         with warnings.catch_warnings():

@@ -197,7 +197,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--processes",
         type=int,
-        default=_usable_cpus(),
+        default=usable_cpus(),
         metavar="N",
         help="default: one a usable CPU, %(default)s here; the result is the same",
     )
@@ -268,5 +268,6 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,13 +15,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"recipes", "dist", "order", "shardset", "pixels", "metrics"},
+    {"shardformat"},
+    {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
     {"config", "photo", "sheet", "scoretable"},
-    {"text", "candidate", "encoder", "projection"},
-    {"shardtar"},
+    {"text", "candidate", "encoder", "projection", "pixels"},
+    {"shardtar", "tarsamples"},
     {"shardfolder", "buildreport"},
     {"shardwriter", "shardverify", "stream", "decoder"},
-    {"captioner", "captionfiles"},
+    {"captioner", "captionfiles", "shardindex"},
     {"weights", "engine", "monitor"},
     {"checkpoint"},
     {"train", "evaluate", "caption"},

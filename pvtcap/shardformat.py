@@ -1,0 +1,165 @@
+"""What a ShardSet's JSON files say: the manifest, the indexes, the texts; how they are read and written.
+
+A tar that pvtcap wrote holds its texts, in the form of ``Text``. For a tar of another's (``pvtcap shards index``) they
+lie beside it, a line a sample in that same form, and the manifest's entry of it has a ``foreign``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+
+from pvtcap.errors import ShardError
+
+FORMAT = "pvtcap-shardset/1"
+MANIFEST = "manifest.json"
+HEADER_BYTES = 512  # what stands before each member of a tar
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Foreign(_Record):
+    """What ``shards index`` adds of a tar that pvtcap did not write.
+
+    ``key_prefix`` stands before each key of the index, and is empty unless tars of the ShardSet share keys.
+    """
+
+    texts_size_bytes: NonNegativeInt
+    texts_sha256: str
+    key_prefix: str = ""
+
+
+class ShardEntry(_Record):
+    """One shard, as the manifest knows it. Sizes are in bytes."""
+
+    file: str = Field(pattern=r"^[^/\\]+\.tar$")
+    num_samples: NonNegativeInt
+    num_captions: NonNegativeInt
+    size_bytes: NonNegativeInt
+    sha256: str
+    index_sha256: str
+    foreign: Foreign | None = None
+
+    @property
+    def index_file(self) -> str:
+        return index_name(self.file)
+
+    @property
+    def texts_file(self) -> str:
+        return texts_name(self.file)
+
+    @model_serializer(mode="wrap")
+    def _as_ever_unless_foreign(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A ShardSet that pvtcap builds is the same bytes as before there were others.
+        return {name: value for name, value in dump(self).items() if name != "foreign" or value is not None}
+
+
+class Manifest(_Record):
+    """What a complete ShardSet says of itself; ``build`` is the builder's name and options."""
+
+    format: str
+    name: str
+    num_samples: NonNegativeInt
+    num_captions: NonNegativeInt
+    shards: list[ShardEntry]
+    skipped: dict[str, PositiveInt] = {}
+    build: dict[str, Any] = {}
+
+
+class SkippedItem(_Record):
+    """Something that a build left out: which, why in two or three words that can be counted, and the details."""
+
+    key: str
+    reason: str
+    detail: str = ""
+
+
+class ShardIndex(_Record):
+    """Where the members of one shard lie: ``photos`` and ``texts`` are [offset, size] in bytes, aligned with ``keys``.
+
+    ``candidates`` is the range [start, stop) of the build's input that this shard used up, and ``skipped`` what was
+    left out of it: together they let an interrupted build go on behind its last finished shard.
+    """
+
+    keys: list[str]
+    photos: list[tuple[NonNegativeInt, PositiveInt]]
+    texts: list[tuple[NonNegativeInt, PositiveInt]]
+    num_captions: NonNegativeInt
+    candidates: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    last_candidate: str = ""
+    skipped: list[SkippedItem] = []
+
+
+class ForeignIndex(ShardIndex):
+    """Of a foreign tar: ``texts`` lie in its file of texts, ``headers`` are the CRC-32s of the photos' tar headers."""
+
+    headers: list[NonNegativeInt]
+
+
+class Text(BaseModel):
+    """The content of KEY.json, or of a line of texts. Unknown members are allowed: other tools may add theirs."""
+
+    image_id: int | str
+    captions: list[str] = Field(min_length=1)
+    width: PositiveInt
+    height: PositiveInt
+    source: str = ""
+
+
+def index_name(tar_name: str) -> str:
+    """The index file that belongs to a tar."""
+    return tar_name.removesuffix(".tar") + ".index.json"
+
+
+def texts_name(tar_name: str) -> str:
+    """The file of texts that belongs to a foreign tar."""
+    return tar_name.removesuffix(".tar") + ".texts.jsonl"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_json(model: type[M], raw: bytes, where: object) -> M:
+    """Validate JSON bytes as ``model``; ShardError names the first thing wrong with it."""
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ShardError(
+            f"not a valid {model.__name__}: {place} {first['msg']}".replace(":  ", ": "), where=where
+        ) from None
+
+
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Write JSON under a temporary name, flush it to disk, and rename: readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
