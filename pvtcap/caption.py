@@ -12,7 +12,7 @@ from pvtcap import pixels
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import EvaluateConfig
 from pvtcap.errors import ShardError
-from pvtcap.photo import MAX_PHOTO_BYTES
+from pvtcap.photo import MAX_PHOTO_BYTES, BadPhoto, PhotoFile, read_photo
 from pvtcap.tarwalk import Content, open_tar, walk_tar
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -25,13 +25,13 @@ def find_photos(places: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
             below = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
             if not below:
                 raise ShardError("no photo in this folder", where=place, wanted=", ".join(SUFFIXES))
-            yield from ((str(path), path.read_bytes()) for path in below)
+            yield from ((str(path), _file(path)) for path in below)
         elif not place.is_file():
             raise ShardError("no such photo, folder or tar", where=place)
         elif place.suffix.lower() == ".tar":
             yield from _members(place)
         else:
-            yield str(place), place.read_bytes()
+            yield str(place), _file(place)
 
 
 def caption_photos(
@@ -46,6 +46,13 @@ def caption_photos(
         captions = model.caption(torch.stack(squares[start:stop]).to(device), tokenizer, how)
         for (name, encoded), text in zip(photos[start:stop], captions, strict=True):
             yield name, encoded, text
+
+
+def _file(path: Path) -> bytes:
+    try:
+        return read_photo(PhotoFile(path))
+    except BadPhoto as error:
+        raise ShardError(error.reason, where=path, got=error.detail) from None
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -130,7 +130,7 @@ class _Walk:
             extension |= said
 
     def _records(self, payload: bytes) -> Iterator[tuple[str, str]]:
-        """Those of the PAX records (``LENGTH KEYWORD=VALUE\\n``) that matter here; any number of others is forgotten."""
+        """Those of the PAX records (``LENGTH KEYWORD=VALUE\\n``) that matter here; any others are forgotten."""
         at = 0
         while found := _RECORD.match(payload, at):
             stop = at + int(found[1])

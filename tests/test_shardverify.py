@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,32 @@ def test_totals_strays_and_wrong_size(cats: Path) -> None:
     assert ("manifest.json", "", "the shards' num_captions add up to 13; the manifest says 99") in problems
     assert ("other.tar", "", "a tar that the manifest does not name") in problems
     assert ("skipped.jsonl", "", "it counts {}; the manifest says {'no cat': 1}") in problems
+
+
+def test_indexes_and_tars_that_lie_take_no_memory(cats: Path) -> None:
+    path, ten_gb = cats / "cats-000001.index.json", 10 << 30
+    index = json.loads(path.read_text())
+    index["photos"][0][1] = ten_gb
+    index["texts"][1] = [100, 2**70]
+    path.write_text(json.dumps(index))
+    vouch_for(cats, 1)
+    header = tarfile.TarInfo("cat4.jpg")
+    header.type, header.size = tarfile.XHDTYPE, ten_gb
+    overwrite(cats / "cats-000002.tar", 0, header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(cats / "cats-000002.tar", ten_gb + 10_000)  # holes
+    manifest = json.loads((cats / "manifest.json").read_text())
+    manifest["shards"][2]["size_bytes"] = ten_gb  # so that it is not read through for its checksum
+    (cats / "manifest.json").write_text(json.dumps(manifest))
+    tracemalloc.start()
+    try:
+        problems = told(cats)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert any(key == "cat2" and "the index points outside the file" in problem for _, key, problem in problems)
+    assert any(key == "cat3" and "the index points outside the file" in problem for _, key, problem in problems)
+    assert any("a header that claims 10,737,418,240 bytes" in problem for _, _, problem in problems)
+    assert any(key == "cat4" and "has changed since it was indexed" in problem for _, key, problem in problems)
 
 
 def test_nothing_to_verify_against(cats: Path) -> None:
