@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from pydantic import (
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
 )
 
@@ -27,6 +30,7 @@ from pvtcap.errors import ShardError
 
 FORMAT = "pvtcap-shardset/1"
 MANIFEST = "manifest.json"
+MAX_FILE_BYTES = 230  # of a tar's name: with .texts.jsonl.partial it is still one
 HEADER_BYTES = 512  # what stands before each member of a tar
 
 
@@ -55,6 +59,13 @@ class ShardEntry(_Record):
     sha256: str
     index_sha256: str
     foreign: Foreign | None = None
+
+    @field_validator("file")
+    @classmethod
+    def _short_enough(cls, file: str) -> str:
+        if len(file.encode()) > MAX_FILE_BYTES:
+            raise ValueError("too long for the name of a file")
+        return file
 
     @property
     def index_file(self) -> str:
@@ -107,7 +118,7 @@ class ShardIndex(_Record):
 
 
 class ForeignIndex(ShardIndex):
-    """Of a foreign tar: ``texts`` lie in its file of texts, ``headers`` are the CRC-32s of the photos' tar headers."""
+    """Of a foreign tar: ``texts`` lie in its file of texts, ``headers`` are the ``header_crc`` of the photos."""
 
     headers: list[NonNegativeInt]
 
@@ -120,6 +131,11 @@ class Text(BaseModel):
     width: PositiveInt
     height: PositiveInt
     source: str = ""
+
+
+def header_crc(header: bytes, size: int) -> int:
+    """CRC-32 of the block before a member of a tar and of the member's size, which may stand elsewhere."""
+    return zlib.crc32(b"%d" % size, zlib.crc32(header))
 
 
 def index_name(tar_name: str) -> str:
@@ -157,9 +173,14 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     """Write JSON under a temporary name, flush it to disk, and rename: readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):  # a folder that cannot be written to has none
+            partial.unlink(missing_ok=True)
+        raise

@@ -32,6 +32,7 @@ from pvtcap.buildreport import BuildReport, building_progress, print_report
 from pvtcap.candidate import start_worker
 from pvtcap.errors import ConfigError, ShardError
 from pvtcap.shardfolder import BUILDING, SKIPPED
+from pvtcap.shardformat import MAX_FILE_BYTES
 from pvtcap.shardset import FORMAT, MANIFEST, Foreign, Manifest, ShardEntry, SkippedItem, write_json
 from pvtcap.shardwriter import usable_cpus
 from pvtcap.tarsamples import TarFindings, index_tar
@@ -132,12 +133,16 @@ def _find(folder: Path) -> tuple[list[Path], list[SkippedItem]]:
     if not tars:
         do = f"Unpack {unusable[0].key} and the others." if unusable else None
         raise ShardError("no tar in this folder", where=folder, wanted="*.tar", do=do)
-    odd = [SkippedItem(key=ascii(n), reason="unusable tar", detail="unprintable name") for n in tars if not _plain(n)]
+    odd = [
+        SkippedItem(key=ascii(n), reason="unusable tar", detail="its name is too long or unprintable")
+        for n in tars
+        if not _plain(n)
+    ]
     return [folder / name for name in tars if _plain(name)], unusable + odd
 
 
 def _plain(name: str) -> bool:
-    return name.isprintable() and "\\" not in name
+    return name.isprintable() and "\\" not in name and len(name.encode()) <= MAX_FILE_BYTES
 
 
 def _index_each(

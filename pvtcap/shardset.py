@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from pvtcap.shardformat import (
     ShardIndex,
     SkippedItem,
     Text,
+    header_crc,
     index_name,
     parse_json,
     sha256_file,
@@ -125,6 +125,8 @@ class ShardSet:
             raw = path.read_bytes()
         except FileNotFoundError:
             raise ShardError("a shard's index is missing", where=path, do="Build the shards again.") from None
+        except OSError as error:
+            raise ShardError(f"cannot read the index: {error.strerror}", where=path) from error
         if hashlib.sha256(raw).hexdigest() != entry.index_sha256:
             raise ShardError("the index is not the one in the manifest (sha256 differs)", where=path)
         index = parse_json(ShardIndex if entry.foreign is None else ForeignIndex, raw, path)
@@ -200,7 +202,7 @@ class ShardReader:
         span = opened.index.photos[index]
         if isinstance(opened.index, ForeignIndex):
             header, photo = self._with_header(opened.tar, span, shard, index)
-            if zlib.crc32(header) != opened.index.headers[index]:
+            if header_crc(header, span[1]) != opened.index.headers[index]:
                 self._not_the_indexed(shard, index)
         else:
             photo = self._member(opened.tar, span, ".jpg", shard, index)

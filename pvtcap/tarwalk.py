@@ -15,7 +15,6 @@ import os
 import re
 import stat
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import NoReturn
 
 from pvtcap.errors import ShardError
 from pvtcap.shardformat import HEADER_BYTES as BLOCK
+from pvtcap.shardformat import header_crc
 
 MAX_EXTENSION_BYTES = 1 << 20  # of a PAX or GNU header: names and dates need some hundred bytes
 
@@ -33,6 +33,7 @@ _KINDS = {
 }  # fmt: skip
 _WITHOUT_CONTENT = ("hard link", "symbolic link", "character device", "block device", "folder", "FIFO")
 _RECORD = re.compile(rb"(\d{1,7}) ([^=\0]+)=")
+_NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 _BEHIND_END = 24 * BLOCK  # a tar ends with two empty blocks, and is filled up with others to a multiple of 20
 _GLOBAL, _EXTENDED, _LONG_NAME, _LONG_LINK = b"g", b"xX", b"L", b"K"
 
@@ -41,7 +42,7 @@ _GLOBAL, _EXTENDED, _LONG_NAME, _LONG_LINK = b"g", b"xX", b"L", b"K"
 class Member:
     """One member: ``kind`` is "file" or what it is instead; its content is ``size`` bytes from ``offset``.
 
-    ``header_crc`` is the CRC-32 of the 512 bytes before the content. A name that is no UTF-8 has surrogates.
+    ``header_crc`` is that of the 512 bytes before the content. A name that is no UTF-8 has surrogates.
     """
 
     name: str
@@ -84,17 +85,21 @@ class _Walk:
 
     def members(self) -> Iterator[Member]:
         extension: dict[str, str] = {}
+        extended = False
         while (header := self._block()).count(0) < BLOCK:
             self._check(header)
             self.at += BLOCK
             content = self.at
             kind, size = header[156:157], self._number(header[124:136])
-            if kind in _EXTENDED + _GLOBAL + _LONG_NAME + _LONG_LINK:
+            if size < 0:
+                self._fail("a damaged header")
+            extended = kind in _EXTENDED + _GLOBAL + _LONG_NAME + _LONG_LINK
+            if extended:
                 self._extend(extension, kind, self._payload(size))
                 continue
             yield self._member(header, content, size, extension)
             extension = {}
-        if extension:
+        if extended:
             self._fail("a header without its member")
         if os.pread(self.descriptor, _BEHIND_END, self.at).strip(b"\0"):
             self._fail("it goes on behind its end; two tars joined, perhaps, of which nothing reads the second")
@@ -114,7 +119,7 @@ class _Walk:
             size = self._decimal(extension["size"])
         if kind not in _WITHOUT_CONTENT:
             self._skip(size)
-        return Member(name, kind, offset, size, zlib.crc32(header))
+        return Member(name, kind, offset, size, header_crc(header, size))
 
     def _extend(self, extension: dict[str, str], kind: bytes, payload: bytes) -> None:
         """Note what a PAX or GNU header says of the next member."""
@@ -167,11 +172,13 @@ class _Walk:
         rest = header[:148] + b" " * 8 + header[156:]
         if self._number(header[148:156]) not in (sum(rest), sum(struct.unpack("512b", rest))):
             self._fail("a damaged header")
+        for start, stop in _NUMBERS:  # of no use here, but tarfile takes an odd one for the end of the tar
+            self._number(header[start:stop])
 
     def _number(self, field: bytes) -> int:
-        """A size: octal digits, or binary behind a first byte of 128."""
-        if field[0] == 0o200:
-            return int.from_bytes(field[1:], "big")
+        """Octal digits, or binary behind a first byte of 128, or of 255 where it is negative."""
+        if field[0] in (0o200, 0o377):
+            return int.from_bytes(field[1:], "big", signed=field[0] == 0o377)
         digits = field.partition(b"\0")[0].strip()
         if re.fullmatch(rb"[0-7]*", digits) is None:
             self._fail("a damaged header")

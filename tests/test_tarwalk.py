@@ -145,6 +145,7 @@ END = bytes(1024)
         (pax(path="a") + pax(path="b") + block(b"a.jpg"), "two names or sizes"),
         (pax(path="a") + block(b"x", b"L", 3) + b"b.c".ljust(512, b"\0") + block(b"a.jpg"), "two names or sizes"),
         (pax(path="a") + END, "a header without its member"),
+        (pax(mtime="1.5") + END, "a header without its member"),
         (block(b"p", b"x", 9) + b"99 path=x".ljust(512, b"\0"), "a damaged PAX header"),
         (block(b"p", b"x", 9) + b"nonsense!".ljust(512, b"\0"), "a damaged PAX header"),
         (block(b"p", b"g", 10) + b"10 path=x\n".ljust(512, b"\0"), "gives all members one name"),
