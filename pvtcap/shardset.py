@@ -295,7 +295,8 @@ def _check_size(path: Path, wanted: int) -> None:
     if not path.is_file():
         raise ShardError("a shard named in the manifest is missing", where=path, do="Copy it back or build it again.")
     if (size := path.stat().st_size) != wanted:
-        what = "truncated tar" if size < wanted else "a tar larger than its manifest says"
+        kind = "tar" if path.suffix == ".tar" else "file of texts"
+        what = f"truncated {kind}" if size < wanted else f"a {kind} larger than its manifest says"
         raise ShardError(
             what,
             where=path,
