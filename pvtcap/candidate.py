@@ -16,7 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from pvtcap.photo import BadPhoto, Encoding, PhotoSource, close_zips, encode_photo, read_photo
+from pvtcap.photo import BadPhoto, Encoding, encode_photo
+from pvtcap.photosource import PhotoSource, close_zips, read_photo
 from pvtcap.processes import AGAIN, map_in_order
 from pvtcap.shardset import SkippedItem
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tarfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from pvtcap import pixels
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import EvaluateConfig
 from pvtcap.errors import ShardError
+from pvtcap.photo import BadPhoto
+from pvtcap.photosource import MAX_PHOTO_BYTES, PhotoFile, read_photo
+from pvtcap.tarwalk import Content, open_tar, walk_tar
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -23,13 +26,13 @@ def find_photos(places: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
             below = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
             if not below:
                 raise ShardError("no photo in this folder", where=place, wanted=", ".join(SUFFIXES))
-            yield from ((str(path), path.read_bytes()) for path in below)
+            yield from ((str(path), _file(path)) for path in below)
         elif not place.is_file():
             raise ShardError("no such photo, folder or tar", where=place)
         elif place.suffix.lower() == ".tar":
             yield from _members(place)
         else:
-            yield str(place), place.read_bytes()
+            yield str(place), _file(place)
 
 
 def caption_photos(
@@ -46,12 +49,24 @@ def caption_photos(
             yield name, encoded, text
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _file(path: Path) -> bytes:
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.name.lower().endswith(SUFFIXES) else None
-                if file is not None:
-                    yield f"{path}:{member.name}", file.read()
-    except tarfile.TarError as error:
-        raise ShardError(f"not a readable tar ({error})", where=path) from None
+        return read_photo(PhotoFile(path))
+    except BadPhoto as error:
+        raise ShardError(error.reason, where=path, got=error.detail) from None
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    descriptor = open_tar(path)
+    try:
+        for member in walk_tar(descriptor, path):
+            if member.kind == "folder" or not member.name.lower().endswith(SUFFIXES):
+                continue
+            name = f"{path}:{member.name if member.name.isprintable() else ascii(member.name)}"
+            if member.kind != "file":
+                raise ShardError(f"a {member.kind}, not a photo", where=name, do="Leave it out of the tar.")
+            if member.size > MAX_PHOTO_BYTES:
+                raise ShardError("photo too large", where=name, got=f"{member.size:,} bytes", wanted=MAX_PHOTO_BYTES)
+            yield name, Content(descriptor, member).read()
+    finally:
+        os.close(descriptor)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pvtcap.errors import ShardError
-from pvtcap.photo import PHOTO_SUFFIXES
+from pvtcap.photosource import PHOTO_SUFFIXES
 from pvtcap.shardset import SkippedItem
 
 

@@ -45,7 +45,10 @@ def main() -> None:
 
 @app.command(context_settings=PASS_ON)
 def shards(context: typer.Context) -> None:
-    """Build shards (BUILDER … --out DIR), or look at them (info DIR, verify DIR). --help lists the builders."""
+    """Build shards (BUILDER … --out DIR), index others' tars (index DIR), or look at them (info DIR, verify DIR).
+
+    --help lists the builders.
+    """
     from pvtcap import recipes, shardcommands
 
     words = context.args

@@ -22,7 +22,8 @@ from multiprocessing import get_context
 from pvtcap.candidate import Candidate, Prepared, Result, Work, clean_key, prepare
 from pvtcap.errors import ShardError
 from pvtcap.fetch import NO_NETWORK, Fetcher, FetchOptions
-from pvtcap.photo import BadPhoto, Encoding, PhotoBytes
+from pvtcap.photo import BadPhoto, Encoding
+from pvtcap.photosource import PhotoBytes
 from pvtcap.processes import AGAIN, start_worker, worker_died
 from pvtcap.shardset import SkippedItem
 

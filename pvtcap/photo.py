@@ -1,31 +1,25 @@
-"""A photo on its way into a shard: where it comes from, and how it becomes the JPEG that is stored.
+"""A photo's bytes: what is wrong with them, and how they become the JPEG that is stored.
 
-    PhotoFile(path) | PhotoInZip(path, member) | PhotoBytes(data)   .read() ─▶ bytes ─▶ encode_photo() ─▶ EncodedPhoto
+    bytes ─▶ encode_photo(bytes, Encoding(short_side_px=384)) ─▶ EncodedPhoto
 
-A source is cheap to make and to send to another process; only ``read`` touches the disk. Whatever is wrong with a
-photo is a ``BadPhoto`` with a reason of two or three words, so that a build can count it and go on.
+Whatever is wrong with a photo is a ``BadPhoto`` with a reason of two or three words, so that a build can count it and
+go on.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
-import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
 from pvtcap.errors import ShardError
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -62,145 +56,6 @@ class BadPhoto(ShardError):
         return BadPhoto, (self.reason, self.detail)
 
 
-class PhotoSource(Protocol):
-    """Anything that gives a photo's bytes; it is pickled to the worker that reads it."""
-
-    def read(self) -> bytes:
-        """The encoded photo. Raises OSError, or BadPhoto with a reason of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoFile:
-    path: Path
-
-    def read(self) -> bytes:
-        return self.path.read_bytes()
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoInZip:
-    """A member of a ZIP, read without unpacking."""
-
-    path: Path
-    member: str
-
-    def read(self) -> bytes:
-        try:
-            return _open_zip(self.path).read(self.member)
-        except KeyError:
-            raise FileNotFoundError(f"no {self.member} in {self.path}") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise BadPhoto("unreadable photo", str(error)) from error
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoBytes:
-    data: bytes
-
-    def read(self) -> bytes:
-        return self.data
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoOutside:
-    """A name such as ``../../etc/passwd``, which leads out of the folder of photos: never read."""
-
-    name: str
-
-    def read(self) -> bytes:
-        raise BadPhoto("name outside the folder", self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class PhotoMissing:
-    """A photo that no place has; known before it is read."""
-
-    name: str
-
-    def read(self) -> bytes:
-        raise BadPhoto("missing photo", f"no {self.name} among the photos")
-
-
-class PhotoPlace:
-    """Where a dataset's photos are: a folder, or a ZIP.
-
-    A folder is asked by relative path. A ZIP is asked by member name or, as archives differ in the folder that they
-    wrap around the photos, by base name. Raises ShardError when ``path`` is neither.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._members: dict[str, list[str]] | None = None
-        self._listed: dict[str, frozenset[str]] = {}
-        if path.is_dir():
-            return
-        if not path.exists():
-            raise ShardError("no such folder or ZIP of photos", where=path)
-        if not zipfile.is_zipfile(path):
-            raise ShardError("neither a folder nor a ZIP of photos", where=path)
-        self._members = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in (name for name in archive.namelist() if not name.endswith("/")):  # "/": a folder
-                    self._members.setdefault(PurePosixPath(member).name, []).append(member)
-        except zipfile.BadZipFile as error:
-            raise ShardError(f"damaged ZIP: {error}", where=path, do="Copy or download it again.") from None
-
-    def find(self, name: str) -> PhotoFile | PhotoInZip | PhotoOutside:
-        """The source of one photo, which may turn out to be missing when it is read."""
-        if self._members is None:
-            if _leads_outside(name):
-                return PhotoOutside(name)
-            return PhotoFile(self.path / os.path.normpath(name))
-        members = self._members.get(PurePosixPath(name).name, [])
-        if name in members or not members:
-            return PhotoInZip(self.path, name)
-        if len(members) > 1:
-            raise ShardError(
-                "several photos of one name in the ZIP",
-                where=self.path,
-                got=", ".join(members[:3]),
-                do="Unpack it and give the folder that is meant.",
-            )
-        return PhotoInZip(self.path, members[0])
-
-    def has(self, name: str) -> bool:
-        """Whether a photo of this name is there. A folder is listed once, which is quicker than asking for each."""
-        folder, _, base = os.path.normpath(name).rpartition("/")
-        return base in (self._names(folder) if self._members is None else self._members)
-
-    def _names(self, folder: str) -> frozenset[str]:
-        if folder not in self._listed:
-            try:
-                self._listed[folder] = frozenset(entry.name for entry in (self.path / folder).iterdir())
-            except PermissionError as error:
-                raise ShardError(f"cannot read the folder: {error.strerror}", where=self.path / folder) from None
-            except (OSError, ValueError):  # no such folder, or nothing that can be the name of one
-                self._listed[folder] = frozenset()
-        return self._listed[folder]
-
-
-class PhotoPlaces:
-    """Several folders and ZIPs that hold a dataset's photos together. Raises ShardError when a path is neither."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self.places = [PhotoPlace(path) for path in paths]
-
-    def find(self, *names: str) -> PhotoSource:
-        """The source of one photo that may have any of these ``names``, in the first place that has it.
-
-        A name that leads outside is never read, whether a folder or a ZIP is asked.
-        """
-        for name in names:
-            if _leads_outside(name):
-                return PhotoOutside(name)
-        for place in self.places:
-            for name in names:
-                if place.has(name):
-                    return place.find(name)
-        return PhotoMissing(names[0])
-
-
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """How photos are stored, and which are: ``short_side_px`` scales down, never up; the two limits are on the photo
@@ -222,16 +77,6 @@ class EncodedPhoto:
     height: int
 
 
-def read_photo(source: PhotoSource) -> bytes:
-    """The bytes of a photo; every failure to read it is a BadPhoto."""
-    try:
-        return source.read()
-    except FileNotFoundError as error:
-        raise BadPhoto("missing photo", str(error)) from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a surrogate pair
-        raise BadPhoto("unreadable photo", str(error)) from error
-
-
 def encode_photo(raw: bytes, encoding: Encoding) -> EncodedPhoto:
     """Decode ``raw`` in full and give the JPEG to store, its short side at most ``encoding.short_side_px``.
 
@@ -239,7 +84,7 @@ def encode_photo(raw: bytes, encoding: Encoding) -> EncodedPhoto:
     upright (EXIF), laid over white where it is transparent, converted to RGB, scaled down (never up) and encoded;
     metadata and colour profiles are dropped then. Raises BadPhoto.
     """
-    with _pillow_errors(), Image.open(io.BytesIO(raw)) as image:
+    with pillow_errors(), Image.open(io.BytesIO(raw)) as image:
         width, height = image.size
         _check_sides(width, height, encoding)
         target = _scaled_down(width, height, encoding.short_side_px)
@@ -262,25 +107,43 @@ def encode_photo(raw: bytes, encoding: Encoding) -> EncodedPhoto:
 
 def decode_photo(raw: bytes) -> tuple[int, int]:
     """Decode every pixel of ``raw``, to see that it can be; gives (width, height). Raises BadPhoto."""
-    with _pillow_errors(), Image.open(io.BytesIO(raw)) as image:
+    with pillow_errors(), Image.open(io.BytesIO(raw)) as image:
         image.load()
         return image.size
 
 
-def close_zips() -> None:
-    """Close the archives that ``PhotoInZip.read`` keeps open in this process."""
-    _open_zip.cache_clear()
+def photo_size(file: IO[bytes]) -> tuple[int, int]:
+    """(width, height) of a JPEG, PNG or WebP from its first bytes, without decoding it. Raises BadPhoto."""
+    start = file.read(30)
+    file.seek(0)
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        width, height = _webp_size(start)  # Pillow would read all of it
+    else:
+        with pillow_errors(), Image.open(file, formats=["JPEG", "PNG"]) as image:
+            width, height = image.size
+    if min(width, height) < 1:
+        raise BadPhoto("damaged photo", f"{width} x {height} pixels")
+    if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+        raise BadPhoto("photo too large", f"{width} x {height} pixels")
+    return width, height
 
 
-def _leads_outside(name: str) -> bool:
-    path = os.path.normpath(name)
-    return path.startswith("/") or path.split("/")[0] == ".."
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned upright (EXIF), laid over white where it is transparent, converted to RGB."""
+    rgb, orientation = _to_rgb(image), image.getexif().get(_ORIENTATION, 1)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
-@lru_cache(maxsize=4)
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    # Opening an archive reads its whole directory: once a process, not once a photo.
-    return zipfile.ZipFile(path)
+def _webp_size(start: bytes) -> tuple[int, int]:
+    """From the first chunk of a WebP: lossy, lossless or extended (RFC 9649)."""
+    kind, low = start[12:16], int.from_bytes(start[21:25], "little")
+    if len(start) == 30 and kind == b"VP8 " and start[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(start[26:28], "little") & 0x3FFF, int.from_bytes(start[28:30], "little") & 0x3FFF
+    if kind == b"VP8L" and start[20:21] == b"\x2f" and len(start) >= 25:
+        return (low & 0x3FFF) + 1, (low >> 14 & 0x3FFF) + 1
+    if len(start) == 30 and kind == b"VP8X":
+        return int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
+    raise BadPhoto("damaged photo", "a WebP without its size")
 
 
 def _check_sides(width: int, height: int, encoding: Encoding) -> None:
@@ -310,7 +173,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _pillow_errors() -> Iterator[None]:
+def pillow_errors() -> Iterator[None]:
     """Everything that Pillow raises for bad bytes, as BadPhoto with a reason that can be counted."""
     try:
         with warnings.catch_warnings():

@@ -6,23 +6,24 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from pvtcap.errors import ShardError
+from pvtcap.photo import BadPhoto, pillow_errors, upright_rgb
 
 BLANK_LEVEL = 127  # grey: near the mean of photos, so a blanked photo is a quiet input and not an odd one
 
 
 def decode(encoded: bytes, where: object) -> Tensor:
-    """Encoded photo → (3, H, W) uint8 RGB. Raises ShardError naming ``where`` if it is not a whole photo."""
+    """Encoded photo → (3, H, W) uint8 RGB, upright. Raises ShardError naming ``where`` if it is not a whole photo."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with pillow_errors(), Image.open(io.BytesIO(encoded)) as image:
             # The copy is needed: torch wants memory it may write to.
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not a photo" if isinstance(error, UnidentifiedImageError) else f"not a readable photo ({error})"
+            pixels = torch.from_numpy(np.array(upright_rgb(image)))
+    except BadPhoto as error:
+        reason = error.reason if error.reason == "not a photo" else f"not a readable photo ({error.detail})"
         raise ShardError(reason, where=where, do="Leave it out, or give a JPEG, PNG or WebP file.") from None
     return pixels.permute(2, 0, 1)
 

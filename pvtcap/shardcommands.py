@@ -103,7 +103,14 @@ def info(words: list[str]) -> None:
             typer.echo(f"drawn: {picture}", err=True)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"info": info, "verify": verify}
+def index(words: list[str]) -> None:
+    """pvtcap shards index DIR: make a ShardSet of the tars that are there; see ``shardindex``."""
+    from pvtcap import shardindex
+
+    shardindex.run(words)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"index": index, "info": info, "verify": verify}
 
 
 def _parser(name: str, command: Callable[[list[str]], None], epilog: str | None = None) -> _Parser:

@@ -6,8 +6,9 @@
         skipped.jsonl                       what the build left out, one line each, with the reason
         manifest.json                       its existence means that the build is complete
 
-``KEY.json`` is ``{image_id, captions, width, height, source}``: a photo is stored once with all its captions.
-This module reads; ``shardwriter`` writes, ``shardverify`` reads every byte. Example::
+``KEY.json`` is ``{image_id, captions, width, height, source}``: a photo is stored once with all its captions. Tars of
+another's (``pvtcap shards index``) stay as they are; their texts lie in ``*.texts.jsonl`` beside them.
+This module reads; ``shardwriter`` and ``shardindex`` write, ``shardverify`` reads every byte. Example::
 
     shardset = ShardSet.open(Path("data/flickr8k-train"))
     with ShardReader(shardset) as reader:
@@ -17,105 +18,55 @@ This module reads; ``shardwriter`` writes, ``shardverify`` reads every byte. Exa
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import NoReturn, Self
 
 from pvtcap.errors import ShardError
+from pvtcap.shardformat import (
+    FORMAT,
+    HEADER_BYTES,
+    MANIFEST,
+    Foreign,
+    ForeignIndex,
+    Manifest,
+    ShardEntry,
+    ShardIndex,
+    SkippedItem,
+    Text,
+    file_size,
+    header_crc,
+    index_name,
+    parse_json,
+    read_file,
+    sha256_file,
+    texts_name,
+    write_json,
+)
 
-FORMAT = "pvtcap-shardset/1"
-MANIFEST = "manifest.json"
-
-# Narrower than pydantic's: a damaged manifest may hold a number of a thousand digits.
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ShardEntry(_Record):
-    """One shard, as the manifest knows it. Sizes are in bytes."""
-
-    file: str = Field(pattern=r"^[^/\\]+\.tar$")
-    num_samples: NonNegativeInt
-    num_captions: NonNegativeInt
-    size_bytes: NonNegativeInt
-    sha256: str
-    index_sha256: str
-
-    @property
-    def index_file(self) -> str:
-        return index_name(self.file)
-
-
-class Manifest(_Record):
-    """What a complete ShardSet says of itself; ``build`` is the builder's name and options."""
-
-    format: str
-    name: str
-    num_samples: NonNegativeInt
-    num_captions: NonNegativeInt
-    shards: list[ShardEntry]
-    skipped: dict[str, PositiveInt] = {}
-    build: dict[str, Any] = {}
-
-
-class SkippedItem(_Record):
-    """Something that a build left out: which, why in two or three words that can be counted, and the details."""
-
-    key: str
-    reason: str
-    detail: str = ""
-
-
-class ShardIndex(_Record):
-    """Where the members of one shard lie: ``photos`` and ``texts`` are [offset, size] in bytes, aligned with ``keys``.
-
-    The rest lets an interrupted build go on behind its last finished shard, without reading it: ``candidates`` is the
-    range [start, stop) of the build's input that this shard used up, ``skipped`` what was left out of it,
-    ``photo_digests`` (only where duplicates are dropped) the photos it holds.
-    """
-
-    keys: list[str]
-    photos: list[tuple[NonNegativeInt, PositiveInt]]
-    texts: list[tuple[NonNegativeInt, PositiveInt]]
-    num_captions: NonNegativeInt
-    candidates: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
-    last_candidate: str = ""
-    skipped: list[SkippedItem] = []
-    tar_sha256: str = ""
-    photo_digests: list[str] = []
-
-    @classmethod
-    def of_nothing(cls, candidates: tuple[int, int], last_candidate: str, skipped: list[SkippedItem]) -> Self:
-        """What stands for a stretch of the input that gave no sample."""
-        return cls(
-            keys=[],
-            photos=[],
-            texts=[],
-            num_captions=0,
-            candidates=candidates,
-            last_candidate=last_candidate,
-            skipped=skipped,
-        )
-
-
-class _Text(BaseModel):
-    """The content of KEY.json. Unknown members are allowed: other tools may add theirs."""
-
-    image_id: int | str
-    captions: list[str] = Field(min_length=1)
-    width: PositiveInt
-    height: PositiveInt
-    source: str = ""
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Foreign",
+    "ForeignIndex",
+    "Manifest",
+    "Sample",
+    "ShardEntry",
+    "ShardIndex",
+    "ShardReader",
+    "ShardSet",
+    "SkippedItem",
+    "file_size",
+    "index_name",
+    "parse_json",
+    "read_manifest",
+    "sha256_file",
+    "texts_name",
+    "write_json",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +95,10 @@ class ShardSet:
         manifest = read_manifest(path)
         for entry in manifest.shards:
             _check_size(path / entry.file, entry.size_bytes)
+            if entry.foreign is not None:
+                _check_size(path / entry.texts_file, entry.foreign.texts_size_bytes)
+        if twice := [file for file, times in Counter(entry.file for entry in manifest.shards).items() if times > 1]:
+            raise ShardError("a shard is named twice", where=path / MANIFEST, got=twice[0])
         if sum(entry.num_samples for entry in manifest.shards) != manifest.num_samples:
             raise ShardError(
                 "the shards' sample counts do not add up", where=path / MANIFEST, wanted=manifest.num_samples
@@ -175,13 +130,17 @@ class ShardSet:
         path = self.path / entry.index_file
         if file_size(path) is None:
             raise ShardError("a shard's index is missing", where=path, do="Build the shards again.")
-        raw = _read(path)
+        raw = read_file(path)
         if hashlib.sha256(raw).hexdigest() != entry.index_sha256:
             raise ShardError("the index is not the one in the manifest (sha256 differs)", where=path)
-        index = parse_json(ShardIndex, raw, path)
-        if not len(index.keys) == len(index.photos) == len(index.texts) == entry.num_samples:
+        index = parse_json(ShardIndex if entry.foreign is None else ForeignIndex, raw, path)
+        lengths = {len(index.keys), len(index.photos), len(index.texts)}
+        lengths |= {len(index.headers)} if isinstance(index, ForeignIndex) else set()
+        if lengths != {entry.num_samples}:
             raise ShardError("wrong number of samples", where=path, got=len(index.keys), wanted=entry.num_samples)
-        return index
+        if entry.foreign is None or not entry.foreign.key_prefix:
+            return index
+        return index.model_copy(update={"keys": [entry.foreign.key_prefix + key for key in index.keys]})
 
     def keys(self) -> Iterator[str]:
         """All keys in storage order."""
@@ -196,12 +155,31 @@ class ShardSet:
                     yield reader.read_text(shard, index).captions
 
 
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    """The descriptors of a tar and of where its texts lie (the same one, unless it is foreign), and its index."""
+
+    entry: ShardEntry
+    tar: int
+    texts: int
+    index: ShardIndex
+
+    def close(self) -> None:
+        for descriptor in {self.tar, self.texts}:
+            os.close(descriptor)
+
+
 class ShardReader:
-    """Random access to samples by (shard, index); keeps files open. One a process: offsets are not shared."""
+    """Random access to samples by (shard, index); keeps files open. One a process: offsets are not shared.
+
+    What it promises of a tar that has changed since it was indexed: a sample is read only from behind the very tar
+    header that belongs to its key, with its size. A photo's own bytes have no checksum of their own: ``verify``
+    compares those.
+    """
 
     def __init__(self, shardset: ShardSet) -> None:
         self.shardset = shardset
-        self._open: dict[int, tuple[int, ShardIndex]] = {}
+        self._open: dict[int, _OpenShard] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -210,12 +188,12 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
+        for shard in self._open.values():
+            shard.close()
         self._open.clear()
 
     def key(self, shard: int, index: int) -> str:
-        return self._shard(shard)[1].keys[index]
+        return self._shard(shard).index.keys[index]
 
     def where(self, shard: int, index: int) -> str:
         """How an error names a sample."""
@@ -224,37 +202,80 @@ class ShardReader:
     def read(self, shard: int, index: int) -> Sample:
         """One sample; the photo's bytes as stored. Raises ShardError on a short read or a damaged text member."""
         text = self.read_text(shard, index)
-        descriptor, table = self._shard(shard)
-        photo = self._bytes(descriptor, table.photos[index], shard, index)
+        opened = self._shard(shard)
+        span = opened.index.photos[index]
+        if isinstance(opened.index, ForeignIndex):
+            header, photo = self._with_header(opened.tar, span, shard, index)
+            if header_crc(header, span[1]) != opened.index.headers[index]:
+                self._not_the_indexed(shard, index)
+        else:
+            photo = self._member(opened.tar, span, ".jpg", shard, index)
         return Sample(text.key, text.image_id, text.captions, photo, text.width, text.height, text.source)
 
     def read_text(self, shard: int, index: int) -> Sample:
         """The sample with an empty ``photo``."""
-        descriptor, table = self._shard(shard)
-        raw = self._bytes(descriptor, table.texts[index], shard, index)
-        text = parse_json(_Text, raw, self.where(shard, index))
-        return Sample(table.keys[index], text.image_id, tuple(text.captions), b"", text.width, text.height, text.source)
+        opened = self._shard(shard)
+        key, span = opened.index.keys[index], opened.index.texts[index]
+        foreign = opened.entry.foreign
+        if foreign is None:
+            text = parse_json(Text, self._member(opened.texts, span, ".json", shard, index), self.where(shard, index))
+            image_id = text.image_id
+        else:
+            line = self._bytes(opened.texts, *span, foreign.texts_size_bytes, shard, index)
+            text = parse_json(Text, line, self.where(shard, index))
+            image_id = f"{foreign.key_prefix}{text.image_id}"
+            if image_id != key:
+                self._not_the_indexed(shard, index)
+        return Sample(key, image_id, tuple(text.captions), b"", text.width, text.height, text.source)
 
-    def _shard(self, shard: int) -> tuple[int, ShardIndex]:
+    def _shard(self, shard: int) -> _OpenShard:
         if shard not in self._open:
             if len(self._open) >= 64:  # far below the usual 1,024 open files, far above what a shuffle window needs
-                os.close(self._open.pop(next(iter(self._open)))[0])
-            index = self.shardset.load_index(shard)
-            path = self.shardset.path / self.shardset.manifest.shards[shard].file
+                self._open.pop(next(iter(self._open))).close()
+            entry, index = self.shardset.manifest.shards[shard], self.shardset.load_index(shard)
+            tar = _descriptor(self.shardset.path / entry.file)
             try:
-                self._open[shard] = os.open(path, os.O_RDONLY), index
-            except OSError as error:
-                raise ShardError(f"cannot open the shard: {error.strerror}", where=path) from error
+                texts = tar if entry.foreign is None else _descriptor(self.shardset.path / entry.texts_file)
+            except ShardError:
+                os.close(tar)
+                raise
+            self._open[shard] = _OpenShard(entry, tar, texts, index)
         return self._open[shard]
 
-    def _bytes(self, descriptor: int, span: tuple[int, int], shard: int, index: int) -> bytes:
-        offset, size = span
-        # A damaged index may ask for more than memory holds, at an offset that the system cannot even be asked for.
-        there = max(0, min(size, os.fstat(descriptor).st_size - offset))
-        raw = os.pread(descriptor, there, offset) if there else b""
+    def _member(self, tar: int, span: tuple[int, int], suffix: str, shard: int, index: int) -> bytes:
+        """A member of a tar of ours, whose header says nothing but its name and its size."""
+        header, content = self._with_header(tar, span, shard, index)
+        name = f"{self.key(shard, index)}{suffix}".encode("utf-8", "replace")
+        if header[:100].rstrip(b"\0") != name or header[124:136] != b"%011o\0" % span[1]:
+            self._not_the_indexed(shard, index)
+        return content
+
+    def _with_header(self, tar: int, span: tuple[int, int], shard: int, index: int) -> tuple[bytes, bytes]:
+        # One read: the header costs 512 bytes more and no call.
+        limit = self.shardset.manifest.shards[shard].size_bytes
+        raw = self._bytes(tar, span[0] - HEADER_BYTES, span[1] + HEADER_BYTES, limit, shard, index)
+        return raw[:HEADER_BYTES], raw[HEADER_BYTES:]
+
+    def _bytes(self, descriptor: int, offset: int, size: int, limit: int, shard: int, index: int) -> bytes:
+        # The limit is asked first: pread takes the memory for ``size`` bytes before it reads any.
+        if not 0 <= offset <= offset + size <= limit:
+            raise ShardError(
+                "the index points outside the file",
+                where=self.where(shard, index),
+                got=f"{size:,} bytes at {offset:,}",
+                wanted=f"within {limit:,}",
+            )
+        raw = os.pread(descriptor, size, offset)
         if len(raw) != size:
             raise ShardError("truncated tar", where=self.where(shard, index), got=f"{len(raw)} bytes", wanted=size)
         return raw
+
+    def _not_the_indexed(self, shard: int, index: int) -> NoReturn:
+        raise ShardError(
+            "the index points at something else: the tar has changed since it was indexed",
+            where=self.where(shard, index),
+            do="Copy it again, or build or index the shards again.",
+        )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -268,69 +289,23 @@ def read_manifest(path: Path) -> Manifest:
             where=path,
             do="Its build did not finish: run the same 'pvtcap shards' command again and it goes on.",
         )
-    manifest = parse_json(Manifest, _read(manifest_path), manifest_path)
+    manifest = parse_json(Manifest, read_file(manifest_path), manifest_path)
     if manifest.format != FORMAT:
         raise ShardError("unknown format", where=manifest_path, got=manifest.format, wanted=FORMAT)
     return manifest
-
-
-def index_name(tar_name: str) -> str:
-    """The index file that belongs to a tar."""
-    return tar_name.removesuffix(".tar") + ".index.json"
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def parse_json(model: type[M], raw: bytes, where: object) -> M:
-    """Validate JSON bytes as ``model``; ShardError names the first thing wrong with it."""
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ShardError(
-            f"not a valid {model.__name__.strip('_')}: {place} {first['msg']}".replace(":  ", ": "), where=where
-        ) from None
-
-
-def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
-    """Write JSON under a temporary name, flush it to disk, and rename: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def file_size(path: Path) -> int | None:
-    """A file's size in bytes; None when there is no such file, or can be none of that name."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ShardError(f"cannot read: {error.strerror}", where=path) from error
 
 
 def _check_size(path: Path, wanted: int) -> None:
     if (size := file_size(path)) is None:
         raise ShardError("a shard named in the manifest is missing", where=path, do="Copy it back or build it again.")
     if size != wanted:
-        what = "truncated tar" if size < wanted else "a tar larger than its manifest says"
+        kind = "tar" if path.suffix == ".tar" else "file of texts"
+        what = f"truncated {kind}" if size < wanted else f"a {kind} larger than its manifest says"
         raise ShardError(what, where=path, got=f"{size:,} bytes", wanted=f"{wanted:,}", do="Copy or build it again.")
+
+
+def _descriptor(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ShardError(f"cannot open the shard: {error.strerror}", where=path) from error

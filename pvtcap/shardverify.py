@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import tarfile
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -18,6 +18,7 @@ from pvtcap.processes import map_in_order
 from pvtcap.shardfolder import SKIPPED
 from pvtcap.shardset import (
     MANIFEST,
+    Foreign,
     Manifest,
     Sample,
     ShardEntry,
@@ -30,9 +31,7 @@ from pvtcap.shardset import (
     read_manifest,
     sha256_file,
 )
-
-# What Python's tarfile is known to raise for bytes that are no tar, whatever it documents.
-_TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+from pvtcap.tarwalk import open_tar, split_name, walk_tar
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,36 +105,57 @@ def _verify_shard(shardset: ShardSet, entry: ShardEntry) -> ShardFindings:
         if sha256_file(tar) != entry.sha256:
             problems.append(Problem(entry.file, "", "sha256 is not the manifest's: the bytes have changed"))
         bytes_read = size
+    if entry.foreign is not None:
+        problems += _verify_texts(shardset.path / entry.texts_file, entry.foreign)
     try:
         index = shardset.load_index(0)
     except ShardError as error:
         return ShardFindings([*problems, Problem(entry.index_file, "", str(error))], [], [], bytes_read)
-    problems += _verify_members(tar, index)
+    problems += _verify_members(tar, entry, index)
+    if entry.foreign is not None and file_size(shardset.path / entry.texts_file) is None:
+        return ShardFindings(problems, index.keys, [], bytes_read)
     samples, unreadable = _read_samples(shardset)
     if not unreadable and (count := sum(len(sample.captions) for sample in samples)) != entry.num_captions:
         problems.append(Problem(entry.file, "", f"{count:,} captions; wanted {entry.num_captions:,}"))
     return ShardFindings(problems + unreadable, index.keys, [sample.image_id for sample in samples], bytes_read)
 
 
-def _verify_members(tar: Path, index: ShardIndex) -> list[Problem]:
-    """Compare the index with the members as Python's tarfile, and so WebDataset, finds them."""
+def _verify_members(tar: Path, entry: ShardEntry, index: ShardIndex) -> list[Problem]:
+    """Compare the index with the members as a walk over the tar, and so WebDataset, finds them."""
     try:
-        with tarfile.open(tar, "r:") as archive:
-            members = {}
-            for member in archive:
-                if member.size < 0:  # tarfile would go backwards, for ever
-                    raise tarfile.ReadError(f"{member.name} has a negative size")
-                members[member.offset_data, member.size] = member.name
-    except _TAR_ERRORS as error:
-        return [Problem(tar.name, "", f"not readable as a tar: {error or type(error).__name__}")]
+        descriptor = open_tar(tar)
+        try:
+            members = {(member.offset, member.size): member.name for member in walk_tar(descriptor, tar)}
+        finally:
+            os.close(descriptor)
+    except (ShardError, OSError) as error:
+        return [Problem(tar.name, "", str(error))]
     problems = []
-    for key, *spans in zip(index.keys, index.photos, index.texts, strict=True):
-        for what, span in zip(("photo", "text"), spans, strict=True):
+    prefix = entry.foreign.key_prefix if entry.foreign else ""
+    spans = {"photo": index.photos} | ({} if entry.foreign else {"text": index.texts})
+    for what, column in spans.items():
+        for key, span in zip(index.keys, column, strict=True):
             name = members.get(span, "nothing")
-            if name.split(".", 1)[0] != key:
+            if _key(name) != key.removeprefix(prefix):
                 problems.append(Problem(tar.name, key, f"the index places its {what} where the tar has {name}"))
-    unknown = {name.split(".", 1)[0] for name in members.values()} - set(index.keys)
+    # Of a tar that pvtcap did not write, not everything need be in the index.
+    unknown = set() if entry.foreign else set(map(_key, members.values())) - set(index.keys)
     return problems + [Problem(tar.name, key, "in the tar, but not in the index") for key in sorted(unknown)]
+
+
+def _key(name: str) -> str:
+    named = split_name(name)
+    return name if named is None else named[0]
+
+
+def _verify_texts(texts: Path, foreign: Foreign) -> list[Problem]:
+    if (size := file_size(texts)) is None:
+        return [Problem(texts.name, "", "the file of texts is missing")]
+    if size != foreign.texts_size_bytes:
+        return [Problem(texts.name, "", f"{size:,} bytes; wanted {foreign.texts_size_bytes:,}")]
+    if sha256_file(texts) != foreign.texts_sha256:
+        return [Problem(texts.name, "", "sha256 is not the manifest's: the bytes have changed")]
+    return []
 
 
 def _read_samples(shardset: ShardSet) -> tuple[list[Sample], list[Problem]]:
@@ -198,14 +218,17 @@ def _verify_totals(path: Path, manifest: Manifest) -> list[Problem]:
     for name, times in named.items():
         if times > 1:
             problems.append(Problem(MANIFEST, "", f"it names {name} {times} times"))
-    for stray in sorted(file.name for file in path.glob("*.tar") if file.name not in named):
-        problems.append(Problem(stray, "", "a tar that the manifest does not name"))
     skipped = path / SKIPPED
+    items: list[SkippedItem] = []
     try:
         lines = skipped.read_bytes().splitlines() if skipped.exists() else []
-        reasons = Counter(parse_json(SkippedItem, line, skipped).reason for line in lines)
+        items = [parse_json(SkippedItem, line, skipped) for line in lines]
     except (ShardError, OSError) as error:
-        return [*problems, Problem(SKIPPED, "", str(error))]
-    if reasons != manifest.skipped:
-        problems.append(Problem(SKIPPED, "", f"it counts {dict(reasons)}; the manifest says {manifest.skipped}"))
+        problems.append(Problem(SKIPPED, "", str(error)))
+    else:
+        if (reasons := Counter(item.reason for item in items)) != manifest.skipped:
+            problems.append(Problem(SKIPPED, "", f"it counts {dict(reasons)}; the manifest says {manifest.skipped}"))
+    known = named.keys() | {item.key for item in items}
+    for stray in sorted(file.name for file in path.glob("*.tar") if not {file.name, ascii(file.name)} & known):
+        problems.append(Problem(stray, "", "a tar that the manifest does not name"))
     return problems

@@ -31,17 +31,8 @@ from typing import Any
 from pvtcap.buildreport import BuildReport, photos_progress, print_report
 from pvtcap.candidate import Candidate, Result, Work, clean_key, prepare_in_order
 from pvtcap.errors import ConfigError, PvtcapError, ShardError
-from pvtcap.photo import (
-    PHOTO_SUFFIXES,
-    BadPhoto,
-    Encoding,
-    PhotoBytes,
-    PhotoFile,
-    PhotoInZip,
-    PhotoPlace,
-    PhotoPlaces,
-    PhotoSource,
-)
+from pvtcap.photo import BadPhoto, Encoding
+from pvtcap.photosource import PHOTO_SUFFIXES, PhotoBytes, PhotoFile, PhotoInZip, PhotoPlace, PhotoPlaces, PhotoSource
 from pvtcap.processes import usable_cpus
 from pvtcap.shardfolder import BUILDING, ShardFolder
 from pvtcap.shardset import SkippedItem, sha256_file

@@ -25,6 +25,7 @@ from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.errors import PvtcapError
 from pvtcap.order import Order, Place, generator
+from pvtcap.processes import start_worker
 from pvtcap.shardset import Sample, ShardReader, ShardSet
 from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
 
@@ -186,16 +187,21 @@ def _load(batches: Dataset[Batch | PvtcapError], numbers: Iterable[int], view: V
         sampler=numbers,
         num_workers=workers,
         multiprocessing_context=context,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         pin_memory=world.device.type == "cuda",
     )
     for item in loader:
         yield _unwrap(item)
 
 
-def _one_thread(worker: int) -> None:
-    """Workers share the cores with the model; each is one thread."""
+def _start_worker(worker: int) -> None:
+    """Workers share the cores with the model; each is one thread.
+
+    They end with the process they work for, however it ends: torch's own watch looks at the parent process, which is
+    the fork server's and outlives a killed trainer.
+    """
     torch.set_num_threads(1)
+    start_worker()
 
 
 def _unwrap(item: Batch | PvtcapError) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -49,14 +50,49 @@ def test_files_folders_and_tars(places: Path) -> None:
 def test_places_without_photos(places: Path) -> None:
     (places / "empty").mkdir()
     (places / "text.tar").write_text("this is no tar")
+    (places / "odd/folder.jpg").mkdir(parents=True)
+    (places / "odd2").mkdir()
+    os.mkfifo(places / "odd2/fifo.jpg")
     for place, says in (
         ("empty", "no photo in this folder"),
         ("none.jpg", "no such photo, folder or tar"),
         ("text.tar", "not a readable tar"),
+        ("odd", r"folder\.jpg: unreadable photo"),
+        ("odd2", r"fifo\.jpg: unreadable photo; got not a plain file"),
     ):
         with pytest.raises(ShardError, match=says) as caught:
             list(find_photos([places / place]))
         assert str(places / place) in str(caught.value)
+
+
+def test_tars_that_are_not_what_they_seem(tmp_path: Path) -> None:
+    """Links are named and not followed, damage is not taken for the end, and no claim of a size is believed."""
+
+    def tar_with(kind: bytes, size: int = 0, name: str = "bad.jpg") -> Path:
+        path = tmp_path / "photos.tar"
+        header = tarfile.TarInfo(name)
+        header.type, header.linkname, header.size = kind, name, size
+        good = tarfile.TarInfo("good.jpg")
+        good.size = len(encoded())
+        body = good.tobuf() + encoded().ljust(-(-good.size // 512) * 512, b"\0")
+        path.write_bytes(body + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+        return path
+
+    ten_gb = 10 << 30
+    for words, says in (
+        ((tarfile.SYMTYPE,), "bad.jpg: a symbolic link, not a photo"),
+        ((tarfile.LNKTYPE,), "bad.jpg: a hard link, not a photo"),
+        ((tarfile.FIFOTYPE, 0, "\x1b[2J.jpg"), "'\\x1b[2J.jpg': a FIFO, not a photo"),
+        ((tarfile.REGTYPE, ten_gb), "cut off: a member of 10,737,418,240 bytes"),
+        ((tarfile.XHDTYPE, ten_gb), "a header that claims 10,737,418,240 bytes"),
+    ):
+        with pytest.raises(ShardError) as caught:
+            list(find_photos([tar_with(*words)]))
+        assert says in str(caught.value)
+    path = tar_with(tarfile.REGTYPE, ten_gb)
+    os.truncate(path, ten_gb + 10_000)  # holes: it is as large as it says
+    with pytest.raises(ShardError, match=r"bad\.jpg: photo too large; got 10,737,418,240 bytes"):
+        list(find_photos([path]))
 
 
 def test_a_caption_each_in_order_and_none_if_one_is_no_photo(config: Config, places: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -134,6 +135,32 @@ def test_totals_strays_and_wrong_size(cats: Path) -> None:
     assert ("skipped.jsonl", "", "it counts {}; the manifest says {'no cat': 1}") in problems
 
 
+def test_indexes_and_tars_that_lie_take_no_memory(cats: Path) -> None:
+    path, ten_gb = cats / "cats-000001.index.json", 10 << 30
+    index = json.loads(path.read_text())
+    index["photos"][0][1] = ten_gb
+    index["texts"][1] = [100, 2**62]
+    path.write_text(json.dumps(index))
+    vouch_for(cats, 1)
+    header = tarfile.TarInfo("cat4.jpg")
+    header.type, header.size = tarfile.XHDTYPE, ten_gb
+    overwrite(cats / "cats-000002.tar", 0, header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(cats / "cats-000002.tar", ten_gb + 10_000)  # holes
+    manifest = json.loads((cats / "manifest.json").read_text())
+    manifest["shards"][2]["size_bytes"] = ten_gb  # so that it is not read through for its checksum
+    (cats / "manifest.json").write_text(json.dumps(manifest))
+    tracemalloc.start()
+    try:
+        problems = told(cats)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert any(key == "cat2" and "the index points outside the file" in problem for _, key, problem in problems)
+    assert any(key == "cat3" and "the index points outside the file" in problem for _, key, problem in problems)
+    assert any("a header that claims 10,737,418,240 bytes" in problem for _, _, problem in problems)
+    assert any(key == "cat4" and "has changed since it was indexed" in problem for _, key, problem in problems)
+
+
 def test_nothing_to_verify_against(cats: Path) -> None:
     (cats / "manifest.json").unlink()
     with pytest.raises(ShardError, match="without a manifest"):
@@ -172,7 +199,7 @@ def test_a_manifest_of_rubbish(cats: Path, raw: bytes) -> None:
         verify(cats)
 
 
-@pytest.mark.parametrize("name", ["a" * 300 + ".tar", "a\0.tar", "\n.tar", "[red].tar"])
+@pytest.mark.parametrize("name", ["a\0.tar", "\n.tar", "[red].tar"])
 def test_a_name_that_no_file_has(cats: Path, name: str) -> None:
     edit(cats / "manifest.json", lambda m: m["shards"][1].update(file=name))
     assert (name, "", "the tar is missing") in told(cats)
@@ -201,7 +228,7 @@ def test_an_index_that_leads_out_of_its_tar(cats: Path, span: list[int]) -> None
     edit(cats / "cats-000000.index.json", change)
     vouch_for(cats, 0)
     problems = [(key, problem) for shard, key, problem in told(cats) if shard == "cats-000000.tar"]
-    assert {key for key, problem in problems if "truncated tar" in problem} == {"cat0", "cat1"}
+    assert {key for key, problem in problems if "points outside the file" in problem} == {"cat0", "cat1"}
 
 
 @pytest.mark.parametrize("what", ["cats-000000.tar", "cats-000000.index.json", "skipped.jsonl"])
@@ -218,7 +245,7 @@ def test_a_tar_that_leads_backwards(cats: Path) -> None:
     header.size = -1024
     overwrite(tar, 0, header.tobuf(tarfile.GNU_FORMAT))
     vouch_for(cats, 0)
-    assert any("not readable as a tar" in problem for _, _, problem in told(cats))
+    assert any("a damaged header" in problem for _, _, problem in told(cats))
 
 
 def test_damage_anywhere_is_a_problem_and_never_a_traceback(cats: Path, tmp_path: Path) -> None:
