@@ -44,7 +44,7 @@ def bare(path: Path) -> int:
         scale = min(1.0, SHORT_SIDE_PX / min(width, height))
         photo = image.convert("RGB")
     if scale < 1:
-        photo = photo.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+        photo = photo.resize((round(width * scale), round(height * scale)), Image.Resampling.HAMMING)
     out = io.BytesIO()
     photo.save(out, "JPEG", quality=QUALITY)
     return out.tell()
@@ -54,6 +54,16 @@ def run_bare(paths: list[Path], processes: int) -> None:
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for _ in pool.map(bare, paths, chunksize=16):
             pass
+
+
+def enlarged(photos: Path, out: Path, long_side_px: int) -> Path:
+    out.mkdir()
+    for path in photos.glob("*.jpg"):
+        with Image.open(path) as image:
+            scale = long_side_px / max(image.size)
+            size = round(image.width * scale), round(image.height * scale)
+            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(out / path.name, quality=90)
+    return out
 
 
 def run(*words: object) -> None:
@@ -109,15 +119,18 @@ def tasks(args: argparse.Namespace, names: list[str], folder: Path, address: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="a folder of JPEGs larger than 384 px")
+    parser.add_argument("--long-side-px", type=int, help="enlarge the photos to this first, as cameras make them")
     parser.add_argument("--num-photos", type=int, default=2048, help="they are used again and again")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--img2dataset", type=Path)
     args = parser.parse_args()
-    names = sorted(path.name for path in args.photos.glob("*.jpg"))
     seen: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder, port_file = Path(temporary), Path(temporary) / "port"
+        if args.long_side_px is not None:
+            args.photos = enlarged(args.photos, folder / "enlarged", args.long_side_px)
+        names = sorted(path.name for path in args.photos.glob("*.jpg"))
         server = [sys.executable, str(ROOT / "tests" / "photoserver.py"), str(args.photos), str(port_file)]
         with subprocess.Popen(server) as process:
             try:
@@ -144,18 +157,22 @@ def check_count(out: Path, wanted: int) -> None:
 
 
 def report(seen: dict[str, list[tuple[float, float]]], args: argparse.Namespace) -> None:
+    size = "" if args.long_side_px is None else f" of {args.long_side_px:,} px"
     table = Table(
-        title=f"{args.num_photos:,} photos to {SHORT_SIDE_PX} px, {args.processes} processes, {os.cpu_count()} CPUs"
+        title=f"{args.num_photos:,} photos{size} to {SHORT_SIDE_PX} px; {args.processes} processes on {os.cpu_count()} CPUs"
     )
-    for column in ("", "photos/s", "photos a CPU second", "to bare", "to img2dataset"):
+    for column in ("", "photos/s", "to bare", "to img2dataset", "photos a CPU second", "to bare", "to img2dataset"):
         table.add_column(column, justify="left" if not column else "right")
     rates = {
         name: tuple(args.num_photos / statistics.median(run[i] for run in runs) for i in (0, 1))
         for name, runs in seen.items()
     }
-    for name, (by_second, by_cpu) in rates.items():
-        ratios = [f"{by_cpu / rates[peer][1]:.2f}" if peer in rates else "" for peer in ("bare", "img2dataset")]
-        table.add_row(name, f"{by_second:,.0f}", f"{by_cpu:,.0f}", *ratios)
+    for name, rate in rates.items():
+        cells = []
+        for i in (0, 1):
+            peers = [f"{rate[i] / rates[peer][i]:.2f}" if peer in rates else "" for peer in ("bare", "img2dataset")]
+            cells += [f"{rate[i]:,.0f}", *peers]
+        table.add_row(name, *cells)
     Console().print(table)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
@@ -167,7 +184,8 @@ def report(seen: dict[str, list[tuple[float, float]]], args: argparse.Namespace)
         "runs": seen,
         "rates": named,
     }
-    (results / "build_shards.json").write_text(json.dumps(content, indent=1) + "\n")
+    name = "build_shards" if args.long_side_px is None else f"build_shards_{args.long_side_px}"
+    (results / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

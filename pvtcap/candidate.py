@@ -86,6 +86,11 @@ def prepare(candidate: Candidate | SkippedItem, encoding: Encoding) -> Prepared 
     return Prepared(key, photo.jpeg, json.dumps(text, ensure_ascii=False).encode(), len(captions), empty)
 
 
+def prepare_each(candidates: list[Candidate], encoding: Encoding) -> list[Prepared | SkippedItem]:
+    """``prepare`` for several at a time, as a worker process is handed them."""
+    return [prepare(candidate, encoding) for candidate in candidates]
+
+
 def prepare_in_order(work: Iterator[Work], encoding: Encoding, processes: int) -> Generator[Result, None, None]:
     """Prepare candidates in ``processes`` processes, in order, looking ahead by a bounded number of chunks.
 

@@ -17,9 +17,10 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 
-from pvtcap.candidate import Candidate, Prepared, Result, Work, clean_key, prepare
+from pvtcap.candidate import Candidate, Prepared, Result, Work, clean_key, prepare, prepare_each
 from pvtcap.errors import ShardError
 from pvtcap.fetch import NO_NETWORK, Fetcher, FetchOptions
 from pvtcap.photo import BadPhoto, Encoding
@@ -30,6 +31,8 @@ from pvtcap.shardset import SkippedItem
 _ROWS_AHEAD = 8192  # a row that times out thrice takes a minute: so many others may pass it by
 _BYTES_AHEAD = 256 << 20  # prepared, waiting for their turn
 _RAW_BYTES = 256 << 20  # fetched, waiting for a process
+_CHUNK = 8  # photos handed to a process at a time
+_LONGEST_WAIT_S = 0.05  # of a photo for others to go with it
 _OFFLINE_AFTER = 500  # rows in a row that end for want of a network
 
 
@@ -53,23 +56,26 @@ def download_in_order(
     """
     _allow_open_files(4 * options.connections)
     offline = 0
-    with asyncio.Runner() as runner:
-        pipeline = _Pipeline(work, encoding, processes, options)
-        try:
-            while results := runner.run(pipeline.next_results()):
-                for result in results:
-                    offline = offline + 1 if _is_offline(result) else 0
-                    if offline == _OFFLINE_AFTER:
-                        raise ShardError(
-                            f"this machine seems to be offline: {offline} URLs one after the other failed",
-                            got=result[2].detail if isinstance(result[2], SkippedItem) else None,
-                            do="Run the same command again when the network is back: it goes on.",
-                        )
-                    yield result
-        except BrokenProcessPool as error:
-            raise worker_died(AGAIN) from error
-        finally:
-            runner.run(pipeline.close())
+    # Not asyncio.Runner: each of its runs sets a signal handler, whose enum asks for the repr of all results so far.
+    loop = asyncio.new_event_loop()
+    pipeline = _Pipeline(work, encoding, processes, options)
+    try:
+        while results := loop.run_until_complete(pipeline.next_results()):
+            for result in results:
+                offline = offline + 1 if _is_offline(result) else 0
+                if offline == _OFFLINE_AFTER:
+                    raise ShardError(
+                        f"this machine seems to be offline: {offline} URLs one after the other failed",
+                        got=result[2].detail if isinstance(result[2], SkippedItem) else None,
+                        do="Run the same command again when the network is back: it goes on.",
+                    )
+                yield result
+    except BrokenProcessPool as error:
+        raise worker_died(AGAIN) from error
+    finally:
+        loop.run_until_complete(pipeline.close())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
 
 
 class _Pipeline:
@@ -83,6 +89,7 @@ class _Pipeline:
         else:
             self._pool = ThreadPoolExecutor(1)  # a thread, so that decoding does not hold up the connections
         self._pending: deque[asyncio.Task[Result]] = deque()
+        self._fetched: list[tuple[Candidate, asyncio.Future[Prepared | SkippedItem]]] = []
         self._bytes_ahead = 0
         self._raw_bytes = 0
 
@@ -138,15 +145,46 @@ class _Pipeline:
         return await self._prepare(replace(item, photo=PhotoBytes(raw)), len(raw))
 
     async def _prepare(self, candidate: Candidate, num_bytes: int) -> Prepared | SkippedItem:
+        """Hand a photo to a process together with others: the handing over costs a tenth of the work on one."""
+        loop = asyncio.get_running_loop()
         self._raw_bytes += num_bytes
         if self._raw_bytes > _RAW_BYTES:
             self._fetcher.may_start.clear()
+        prepared: asyncio.Future[Prepared | SkippedItem] = loop.create_future()
+        self._fetched.append((candidate, prepared))
+        if len(self._fetched) == 1:
+            loop.call_later(_LONGEST_WAIT_S, self._hand_over)
+        elif len(self._fetched) == _CHUNK:
+            self._hand_over()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, prepare, candidate, self._encoding)
+            return await prepared
         finally:
             self._raw_bytes -= num_bytes
             if self._raw_bytes <= _RAW_BYTES:
                 self._fetcher.may_start.set()
+
+    def _hand_over(self) -> None:
+        if self._fetched:
+            chunk, self._fetched = self._fetched, []
+            candidates = [candidate for candidate, _ in chunk]
+            working = asyncio.get_running_loop().run_in_executor(self._pool, prepare_each, candidates, self._encoding)
+            working.add_done_callback(partial(_hand_back, [prepared for _, prepared in chunk]))
+
+
+def _hand_back(
+    waiting: list[asyncio.Future[Prepared | SkippedItem]], done: asyncio.Future[list[Prepared | SkippedItem]]
+) -> None:
+    """Give each row that waits what became of its photo, or the error of them all."""
+    error = None if done.cancelled() else done.exception()
+    for number, prepared in enumerate(waiting):
+        if prepared.done():
+            continue  # cancelled, because the build stops
+        if done.cancelled():
+            prepared.cancel()
+        elif error is not None:
+            prepared.set_exception(error)
+        else:
+            prepared.set_result(done.result()[number])
 
 
 def _size(result: Result) -> int:
