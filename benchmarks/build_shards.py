@@ -158,9 +158,8 @@ def check_count(out: Path, wanted: int) -> None:
 
 def report(seen: dict[str, list[tuple[float, float]]], args: argparse.Namespace) -> None:
     size = "" if args.long_side_px is None else f" of {args.long_side_px:,} px"
-    table = Table(
-        title=f"{args.num_photos:,} photos{size} to {SHORT_SIDE_PX} px; {args.processes} processes on {os.cpu_count()} CPUs"
-    )
+    what = f"{args.num_photos:,} photos{size} to {SHORT_SIDE_PX} px"
+    table = Table(title=f"{what}, {args.processes} processes on {os.cpu_count()} CPUs")
     for column in ("", "photos/s", "to bare", "to img2dataset", "photos a CPU second", "to bare", "to img2dataset"):
         table.add_column(column, justify="left" if not column else "right")
     rates = {
