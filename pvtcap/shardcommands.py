@@ -110,7 +110,14 @@ def index(words: list[str]) -> None:
     shardindex.run(words)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"index": index, "info": info, "verify": verify}
+def join(words: list[str]) -> None:
+    """pvtcap shards join PART … --out OUT: one ShardSet of several; see ``shardjoin``."""
+    from pvtcap import shardjoin
+
+    shardjoin.run(words)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"index": index, "info": info, "join": join, "verify": verify}
 
 
 def _parser(name: str, command: Callable[[list[str]], None], epilog: str | None = None) -> _Parser:

@@ -23,7 +23,7 @@ LEVELS = [
     {"shardtar", "tarsamples", "download"},
     {"shardfolder", "buildreport"},
     {"shardwriter", "shardverify", "stream", "decoder"},
-    {"captioner", "captionfiles", "shardindex"},
+    {"captioner", "captionfiles", "shardindex", "shardjoin"},
     {"weights", "engine", "monitor", "cococaptions"},
     {"checkpoint"},
     {"train", "evaluate", "caption", "shardcommands"},
