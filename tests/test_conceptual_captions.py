@@ -30,7 +30,7 @@ BUILDER = ROOT / "shards" / "conceptual_captions.py"
 DATA = ROOT.parent / "shared" / "data"
 REAL_TSV = DATA / "conceptual_captions" / "Validation_GCC-1.1.0-Validation.tsv"
 LOOPBACK = ("--allow-private-addresses", "127.0.0.0/8")
-QUICK = ("--timeout-s", "1.5", "--retries", "1", "--per-host", "32")
+QUICK = ("--timeout-s", "3", "--retries", "1", "--per-host", "32")
 
 needs_data = pytest.mark.skipif(not REAL_TSV.is_file(), reason="shared/data/conceptual_captions is not here")
 
@@ -157,7 +157,10 @@ def test_every_row_ends_as_a_sample_or_under_its_reason(
     assert verify(tmp_path / "cc") == []
     wanted = [*MISBEHAVING.values(), *(reason for *_, reason in others)]
     keys = [f"{number:09d}" for number in range(len(COMING), len(COMING) + len(wanted))]
-    found = {key: reason.replace("DNS out of order", "DNS") for key, reason in skipped(tmp_path / "cc").items()}
+    found = skipped(tmp_path / "cc")
+    nobody = keys[wanted.index("DNS")]
+    if found[nobody] in ("DNS out of order", "timed out"):  # as on a machine whose DNS server does not answer
+        found[nobody] = "DNS"
     assert found == {**dict(zip(keys, wanted, strict=True)), f"row {len(rows) + len(others)}": "not a caption line"}
 
     report = json.loads((tmp_path / "cc" / "report.json").read_text())
@@ -257,14 +260,19 @@ def test_killed_ten_times_it_ends_as_if_it_never_was(tmp_path: Path) -> None:
             tmp_path / "t.tsv", [(c, f"{server.address}/{p}") for c, p in zip(captions, paths, strict=True)]
         )
         words = ("--tsv", table, *LOOPBACK, *QUICK, "--short-side-px", 160, "--samples-per-shard", 5)
-        words = (*words, "--connections", 8, "--no-drop-duplicates")  # there are 128 photos for 400 rows
+        # There are 128 photos for 400 rows; and on a busy machine no row is to time out in one build and not in the other.
+        words = (*words, "--connections", 8, "--no-drop-duplicates", "--timeout-s", 30)
         whole = run(*words, out=tmp_path / "whole" / "cc", processes=2)
         draw, killed = random.Random(0), tmp_path / "killed" / "cc"
         asked_before = server.asked()
-        for _ in range(10):
+        for kill in range(10):
             finished = finished_in(killed)
             with start(*words, out=killed) as process:
-                time.sleep(draw.uniform(0.6, 1.6))  # while it starts, fetches, or writes some five shards a second
+                while kill % 2 and finished_in(killed) == finished:
+                    assert process.poll() is None, "it was done before: let it have more rows"
+                    time.sleep(0.01)
+                # Every other one may hit it while it starts; the others when it writes some five shards a second.
+                time.sleep(draw.uniform(0, 0.4) if kill % 2 else draw.uniform(0.1, 1.2))
                 assert process.poll() is None, "it was done before: let it have more rows"
                 os.killpg(process.pid, signal.SIGKILL)
             assert finished <= finished_in(killed)

@@ -19,7 +19,7 @@ from pvtcap.fetch import PROJECT_PAGE, Fetcher, FetchFailed, FetchOptions
 T = TypeVar("T")
 LOOPBACK = (ip_network("127.0.0.0/8"),)
 OPTIONS = FetchOptions(
-    timeout_s=1.0, retries=2, first_wait_s=0.05, max_wait_s=2.0, max_bytes=10_000_000, allowed_networks=LOOPBACK
+    timeout_s=3.0, retries=2, first_wait_s=0.05, max_wait_s=2.0, max_bytes=10_000_000, allowed_networks=LOOPBACK
 )
 
 
@@ -108,7 +108,7 @@ def test_urls_that_are_not_followed(server: PhotoServer, url: str, reason: str) 
 
     found = visit(server, task, replace(OPTIONS, allowed_networks=(), retries=0))
     # Where there is no DNS server at all, a name that does not exist cannot be told from one that does.
-    assert found == reason or (reason, found) == ("DNS", "DNS out of order")
+    assert found == reason or (reason == "DNS" and found in ("DNS out of order", "timed out"))
     assert not server.asked
 
 
