@@ -260,7 +260,7 @@ def test_killed_ten_times_it_ends_as_if_it_never_was(tmp_path: Path) -> None:
             tmp_path / "t.tsv", [(c, f"{server.address}/{p}") for c, p in zip(captions, paths, strict=True)]
         )
         words = ("--tsv", table, *LOOPBACK, *QUICK, "--short-side-px", 160, "--samples-per-shard", 5)
-        # There are 128 photos for 400 rows; and on a busy machine no row is to time out in one build and not in the other.
+        # 128 photos for 400 rows; and no row may time out in one build and not in the other, however busy the machine.
         words = (*words, "--connections", 8, "--no-drop-duplicates", "--timeout-s", 30)
         whole = run(*words, out=tmp_path / "whole" / "cc", processes=2)
         draw, killed = random.Random(0), tmp_path / "killed" / "cc"
