@@ -22,6 +22,7 @@ from pvtcap.shardinfo import JSON_KEYS, ShardSetInfo, collect, count_shard, spli
 from pvtcap.shardset import ShardSet
 from pvtcap.shardwriter import BuildOptions, Candidate, PhotoBytes, SkippedItem, build
 
+FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k"
 SIZES = [(64, 48), (48, 64), (50, 50), (300, 40), (64, 48), (1, 1), (64, 32)]
 CAPTIONS = [
     ("A dog runs.", "a DOG"),
@@ -260,11 +261,10 @@ def test_any_distribution_can_be_drawn(tmp_path: Path) -> None:
             assert len(image.getcolors(100_000) or []) > 10
 
 
-def test_flickr8k_if_it_is_here(tmp_path: Path) -> None:
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="shared/data/flickr8k is not here")
+def test_flickr8k(tmp_path: Path) -> None:
     """Lengths of real captions, against a count of the token file's own lines."""
-    data = Path("/work/shared/data/flickr8k")
-    if not data.is_dir():
-        pytest.skip("needs Flickr8k in /work/shared/data")
+    data = FLICKR8K
     lines = dict(line.split("\t") for line in (data / "Flickr8k.token.txt").read_text().splitlines() if "\t" in line)
     names = (data / "Flickr_8k.devImages.txt").read_text().split()[:20]
     captions = {name: [lines[f"{name}#{n}"] for n in range(5)] for name in names}
