@@ -95,7 +95,7 @@ def test_photos_that_only_decoding_finds_damaged(tmp_path: Path) -> None:
     members = img2dataset(0, 4)
     members[3] = (members[3][0], picture(300, 300)[:-900])
     write_tar(tmp_path / "x.tar", members)
-    assert index_tars(tmp_path, tmp_path, IndexOptions()).skipped == []
+    assert index_tars(tmp_path, tmp_path, IndexOptions()).examples == {}
     assert [problem.problem.split(":")[0] for problem in verify(tmp_path)] == ["truncated photo"]
     assert index(tmp_path, decode=True, max_skipped=0.5, overwrite=True) == {"truncated photo": 1}
 
