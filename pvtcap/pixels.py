@@ -16,15 +16,19 @@ from pvtcap.photo import BadPhoto, pillow_errors, upright_rgb
 BLANK_LEVEL = 127  # grey: near the mean of photos, so a blanked photo is a quiet input and not an odd one
 
 
+class UnreadablePhoto(ShardError):
+    """A photo whose bytes cannot be decoded: training counts it and goes on, up to a share."""
+
+
 def decode(encoded: bytes, where: object) -> Tensor:
-    """Encoded photo → (3, H, W) uint8 RGB, upright. Raises ShardError naming ``where`` if it is not a whole photo."""
+    """Encoded photo → (3, H, W) uint8 RGB, upright. Raises UnreadablePhoto, naming ``where``."""
     try:
         with pillow_errors(), Image.open(io.BytesIO(encoded)) as image:
             # The copy is needed: torch wants memory it may write to.
             pixels = torch.from_numpy(np.array(upright_rgb(image)))
     except BadPhoto as error:
         reason = error.reason if error.reason == "not a photo" else f"not a readable photo ({error.detail})"
-        raise ShardError(reason, where=where, do="Leave it out, or give a JPEG, PNG or WebP file.") from None
+        raise UnreadablePhoto(reason, where=where, do="Leave it out, or give a JPEG, PNG or WebP file.") from None
     return pixels.permute(2, 0, 1)
 
 
