@@ -77,7 +77,7 @@ class View:
     def collate(self, photos: list[Tensor], samples: list[Sample], captions: list[list[str]]) -> Batch:
         rows = pad_rows([self.tokenizer.pack(chosen, self.max_tokens) for chosen in captions], self.tokenizer.pad_id)
         return Batch(
-            photos=torch.stack(photos),
+            photos=pixels.stacked(photos),
             tokens=torch.from_numpy(rows.tokens),
             labels=torch.from_numpy(rows.labels),
             positions=torch.from_numpy(rows.positions),
@@ -138,8 +138,8 @@ class _TrainBatches(Dataset["Batch | PvtcapError"]):
         data = self.view.data
         if data.blank_photos:
             return pixels.blank(data.image_px)
-        photo = pixels.decode(sample.photo, self.reader.where(place.shard, place.sample))
-        return pixels.augmented(photo, data.image_px, data.crop_min_area, data.flip_probability, draw)
+        where = self.reader.where(place.shard, place.sample)
+        return pixels.augmented(sample.photo, where, data.image_px, data.crop_min_area, data.flip_probability, draw)
 
 
 class _WholeBatches(Dataset["Batch | PvtcapError"]):
@@ -170,7 +170,7 @@ class _WholeBatches(Dataset["Batch | PvtcapError"]):
         side_px = self.view.data.image_px
         if self.view.data.blank_photos:
             return pixels.blank(side_px)
-        return pixels.square(pixels.decode(sample.photo, self.reader.where(shard, index)), side_px)
+        return pixels.whole(sample.photo, self.reader.where(shard, index), side_px)
 
 
 def _load(batches: Dataset[Batch | PvtcapError], numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from pvtcap import pixels
 from pvtcap.config import BatchPlan, Config, batch_plan
@@ -135,36 +133,3 @@ def test_a_damaged_photo_stops_with_its_shard_and_key(
     assert str(tar) in str(caught.value)
     assert index.keys[5] in str(caught.value)
     assert "not a photo" in str(caught.value)
-
-
-def jpeg(mode: str, size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, 128 if mode == "L" else None).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_any_photo_becomes_three_bytes_a_pixel(mode: str) -> None:
-    decoded = pixels.decode(jpeg(mode), "here")
-    assert (decoded.shape, decoded.dtype) == ((3, 30, 40), torch.uint8)
-    assert pixels.square(decoded, 64).shape == (3, 64, 64)
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_photos_are_upright_and_clear_ones_white(orientation: int) -> None:
-    exif, turned, clear = Image.Exif(), io.BytesIO(), io.BytesIO()
-    exif[0x0112] = orientation
-    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(turned, "JPEG", exif=exif)
-    decoded = pixels.decode(turned.getvalue(), "here").float()
-    assert decoded.shape == ((3, 40, 30) if orientation == 6 else (3, 30, 40))
-    first, last = (decoded[:, :, 0], decoded[:, :, -1]) if orientation == 6 else (decoded[:, 0], decoded[:, -1])
-    darker, brighter = (first, last) if orientation == 1 else (last, first)
-    assert brighter.mean() - darker.mean() > 150
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(clear, "PNG")
-    assert int(pixels.decode(clear.getvalue(), "here").min()) == 255
-
-
-@pytest.mark.parametrize("encoded", [b"", b"not a photo", jpeg("RGB", (400, 300))[:600]])
-def test_what_is_not_a_whole_photo_is_named(encoded: bytes) -> None:
-    with pytest.raises(ShardError, match=r"shard 7, cat: not a (readable )?photo"):
-        pixels.decode(encoded, "shard 7, cat")
