@@ -40,11 +40,11 @@ def caption_photos(
 ) -> Iterator[tuple[str, bytes, str]]:
     """(name, encoded bytes, caption). All photos are decoded first: a bad one stops before anything is printed."""
     side_px = checkpoint.config.data.image_px
-    squares = [pixels.square(pixels.decode(encoded, name), side_px) for name, encoded in photos]
+    squares = [pixels.whole(encoded, name, side_px) for name, encoded in photos]
     model, tokenizer = checkpoint.captioner(device), checkpoint.tokenizer()
     for start in range(0, len(photos), how.micro_batch):
         stop = start + how.micro_batch
-        captions = model.caption(torch.stack(squares[start:stop]).to(device), tokenizer, how)
+        captions = model.caption(pixels.stacked(squares[start:stop]).to(device), tokenizer, how)
         for (name, encoded), text in zip(photos[start:stop], captions, strict=True):
             yield name, encoded, text
 

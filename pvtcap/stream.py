@@ -94,7 +94,7 @@ class View:
             if not chosen:
                 rows.labels[row] = IGNORE
         return Batch(
-            photos=torch.stack(photos),
+            photos=pixels.stacked(photos),
             tokens=torch.from_numpy(rows.tokens),
             labels=torch.from_numpy(rows.labels),
             positions=torch.from_numpy(rows.positions),
@@ -149,8 +149,8 @@ class _TrainBatches(Work[Batch]):
             chosen = self._chosen_captions(sample, draw)
             try:
                 photo = self._photo(sample, where, draw)
-            except pixels.UnreadablePhoto as error:
-                bad.append(BadSample(place, where, sample.key, error.what))
+            except pixels.UndecodablePhoto as error:
+                bad.append(BadSample(place, where, sample.key, error.reason))
                 photo, chosen = pixels.blank(self.view.data.image_px), []
             photos.append(photo)
             samples.append(sample)
@@ -165,8 +165,7 @@ class _TrainBatches(Work[Batch]):
         data = self.view.data
         if data.blank_photos:
             return pixels.blank(data.image_px)
-        photo = pixels.decode(sample.photo, where)
-        return pixels.augmented(photo, data.image_px, data.crop_min_area, data.flip_probability, draw)
+        return pixels.augmented(sample.photo, where, data.image_px, data.crop_min_area, data.flip_probability, draw)
 
 
 class _WholeBatches(Work[Batch]):
@@ -198,7 +197,7 @@ class _WholeBatches(Work[Batch]):
         side_px = self.view.data.image_px
         if self.view.data.blank_photos:
             return pixels.blank(side_px)
-        return pixels.square(pixels.decode(sample.photo, where), side_px)
+        return pixels.whole(sample.photo, where, side_px)
 
 
 def _load(work: Work[Batch], numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:

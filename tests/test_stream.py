@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import shutil
@@ -15,7 +14,6 @@ import torch
 from conftest import build_shapes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pvtcap import pixels
 from pvtcap.config import Config, SourceConfig, batch_plan
@@ -235,36 +233,3 @@ def test_a_shard_that_cannot_be_read_to_its_end_is_named(shapes: Path, config: C
     os.mkfifo(tar)  # as a file of a server that is gone: opening it never ends
     with pytest.raises(ShardError, match=rf"{tar}, sample number \d+: a decoding process of rank 0 hangs; got \d+ sec"):
         list(itertools.islice(train_batches(*seen, batch_plan(seen[1].data, 1), rank(0, 1), seed=0, first_step=0), 6))
-
-
-def jpeg(mode: str, size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, 128 if mode == "L" else None).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_any_photo_becomes_three_bytes_a_pixel(mode: str) -> None:
-    decoded = pixels.decode(jpeg(mode), "here")
-    assert (decoded.shape, decoded.dtype) == ((3, 30, 40), torch.uint8)
-    assert pixels.square(decoded, 64).shape == (3, 64, 64)
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_photos_are_upright_and_clear_ones_white(orientation: int) -> None:
-    exif, turned, clear = Image.Exif(), io.BytesIO(), io.BytesIO()
-    exif[0x0112] = orientation
-    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(turned, "JPEG", exif=exif)
-    decoded = pixels.decode(turned.getvalue(), "here").float()
-    assert decoded.shape == ((3, 40, 30) if orientation == 6 else (3, 30, 40))
-    first, last = (decoded[:, :, 0], decoded[:, :, -1]) if orientation == 6 else (decoded[:, 0], decoded[:, -1])
-    darker, brighter = (first, last) if orientation == 1 else (last, first)
-    assert brighter.mean() - darker.mean() > 150
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(clear, "PNG")
-    assert int(pixels.decode(clear.getvalue(), "here").min()) == 255
-
-
-@pytest.mark.parametrize("encoded", [b"", b"not a photo", jpeg("RGB", (400, 300))[:600]])
-def test_what_is_not_a_whole_photo_is_named(encoded: bytes) -> None:
-    with pytest.raises(ShardError, match=r"shard 7, cat: not a (readable )?photo"):
-        pixels.decode(encoded, "shard 7, cat")
