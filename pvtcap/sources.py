@@ -11,12 +11,14 @@ weights each is a source with epochs of its own.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from pvtcap.config import DataConfig
@@ -75,9 +77,13 @@ class Sources:
         """Which ShardSet a shard of a source belongs to, and its number there."""
         if self.weights:
             return source, shard
-        ends = np.cumsum([len(shardset.sizes) for shardset in self.shardsets])
-        number = int(np.searchsorted(ends, shard, side="right"))
-        return number, shard - (int(ends[number - 1]) if number else 0)
+        number = bisect_right(self._firsts, shard) - 1
+        return number, shard - self._firsts[number]
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """The number of each ShardSet's first shard, counted over all of them."""
+        return [0, *accumulate(len(shardset.sizes) for shardset in self.shardsets)][:-1]
 
     def file(self, source: int, shard: int) -> str:
         """The tar of a shard, for messages."""
