@@ -72,7 +72,7 @@ def damaged_copy(shapes: Path, tmp_path: Path, how: str) -> Path:
         ("missing folder", "no such shard folder"),
         ("no manifest", "shard folder without a manifest.json"),
         ("truncated tar", "truncated tar; got"),
-        ("not a photo", r"sample train-0000\d\d: not a photo"),
+        ("not a photo", r"sample train-0000\d\d: too many photos cannot be decoded: not a photo; got 1 in epoch 0"),
     ],
 )
 def test_training_on_damaged_shards(shapes: Path, yaml_file: Path, tmp_path: Path, how: str, says: str) -> None:

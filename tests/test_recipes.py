@@ -84,7 +84,7 @@ def test_a_wheel_carries_the_recipes(tmp_path: Path) -> None:
                 assert f"pvtcap/_recipes/{folder}/{path.name}" in names
     assert not [name for name in names if name.split("/")[0] in ("shards", "tests", "launch", "benchmarks")]
     # As an installed wheel would: the package alone, far from the checkout.
-    code = "from pvtcap import config, recipes; print(recipes.root(), config.load('shapes').run.dir)"
+    code = "from pvtcap import configfile, recipes; print(recipes.root(), configfile.load('shapes').run.dir)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True, check=True,
