@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots"},
+    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock"},
+    {"shardcache"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
     {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource"},
