@@ -89,6 +89,11 @@ class ShardCache:
 
     def admit(self, descriptor: int, size_bytes: int, wait_s: float, watch: Callable[[], object]) -> None:
         """Give a file its size within the limit, evicting others for it. Raises NoRoom after ``wait_s``."""
+        if size_bytes > self.max_bytes:
+            got = f"{_gb(size_bytes)}, and a limit of {_gb(self.max_bytes)}"
+            raise ShardError(
+                "a file larger than the whole cache", where=self.folder, got=got, do="Raise data.cache_gb."
+            )
         until = time.monotonic() + wait_s
         while size_bytes:
             watch()
@@ -96,7 +101,7 @@ class ShardCache:
                 if self._make_room(ledger, size_bytes):
                     _allocate(descriptor, size_bytes)
                     return
-            if size_bytes > self.max_bytes or time.monotonic() >= until:
+            if time.monotonic() >= until:
                 raise self._no_room(size_bytes)
             time.sleep(_POLL_S)
 

@@ -174,7 +174,7 @@ class ShardSet:
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """All samples' captions in storage order, without reading a photo."""
-        with ShardReader(self) as reader:
+        with ShardReader(self, max_open=1) as reader:
             for shard, size in enumerate(self.sizes):
                 for index in range(size):
                     yield reader.read_text(shard, index).captions

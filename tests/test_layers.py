@@ -18,7 +18,7 @@ LEVELS = [
     {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock"},
     {"shardcache"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
+    {"readahead", "config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
