@@ -83,7 +83,7 @@ class ShardCache:
                         continue  # whom we waited for has put it away
                     try:
                         if not path.exists():
-                            return _made(path, fill)
+                            return self._made(path, fill)
                     finally:
                         Path(f"{path}{_LOCK}").unlink(missing_ok=True)
 
@@ -104,6 +104,21 @@ class ShardCache:
             if time.monotonic() >= until:
                 raise self._no_room(size_bytes)
             time.sleep(_POLL_S)
+
+    def _made(self, path: Path, fill: Callable[[int], None]) -> int:
+        coming = Path(f"{path}{_PARTIAL}")
+        descriptor = os.open(coming, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # in use before it can be found
+            fill(descriptor)
+            os.fsync(descriptor)  # the checksum is looked at once: after a power cut the bytes must still be these
+            with locked(self.folder / LEDGER):  # who counts files sees one of the two names
+                coming.rename(path)
+        except BaseException:
+            coming.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _make_room(self, ledger: int, size_bytes: int) -> bool:
         """Count so many bytes more, if they may be there. What the ledger says is never too little, and may be too much
@@ -145,7 +160,7 @@ class ShardCache:
         return files
 
     def _no_room(self, size_bytes: int) -> NoRoom:
-        used = [file for file in self._files() if in_use(file.path)]
+        used = [file for file in self._files() if file.size_bytes and in_use(file.path)]
         names = ", ".join(file.path.name for file in used[:3]) + (", …" if len(used) > 3 else "")
         return NoRoom(
             "no room in the cache: all in it is in use",
@@ -217,21 +232,6 @@ def _held(path: Path, size_bytes: int | None) -> int | None:
         path.unlink(missing_ok=True)
     os.close(descriptor)
     return None
-
-
-def _made(path: Path, fill: Callable[[int], None]) -> int:
-    coming = Path(f"{path}{_PARTIAL}")
-    descriptor = os.open(coming, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # in use before it can be found
-        fill(descriptor)
-        os.fsync(descriptor)  # the checksum is looked at once: after a power cut the bytes must still be these
-        coming.rename(path)
-    except BaseException:
-        coming.unlink(missing_ok=True)
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _clear_up(lock: Path) -> None:
