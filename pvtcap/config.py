@@ -63,6 +63,10 @@ class DataConfig(_Section):
     blank_photos: bool = Field(False, description="Show the model grey pictures: how much does it know without them?")
     shuffle_window_shards: PositiveInt = Field(16, description="Samples are shuffled within this many shards.")
     workers: NonNegativeInt = Field(2, description="Decoding processes a rank; 0 decodes in the training process.")
+    cache_dir: Path | None = Field(
+        None, description="Where shards of URLs are kept: on a disk of each node. null: below the user's cache folder."
+    )
+    cache_gb: PositiveFloat = Field(100.0, description="What they may take there in all, in 10^9 bytes.")
 
 
 class TextConfig(_Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import pickle
 import random
 import socket
@@ -19,7 +20,9 @@ from test_shardindex import img2dataset, index, samples, write_tar
 from pvtcap.errors import ShardError
 from pvtcap.remote import Retries, fetch, fetch_bytes, file_url, is_remote, shown
 from pvtcap.shardcache import ShardCache
+from pvtcap.shardcommands import COMMANDS
 from pvtcap.shardset import Sample, ShardReader, ShardSet
+from pvtcap.shardverify import verify
 
 QUICK = Retries(tries=3, first_wait_s=0.01, max_wait_s=0.05)
 
@@ -231,3 +234,32 @@ def test_s3(s3: None, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ShardError, match=r"no credentials: .*AWS_ENDPOINT_URL; a public bucket needs FSSPEC_S3_ANON"):
         ShardSet.open("s3://bucket/ours", cache)
+
+
+@pytest.mark.parametrize("name", ["ours", "foreign"])
+def test_info_and_verify_of_a_url(
+    sets: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "1"))
+    with ShardServer(sets[name]) as server:
+        for command, processes in (("info", 1), ("verify", 2 if name == "ours" else 1)):
+            said = []
+            for place in (str(sets[name]), server.url):
+                COMMANDS[command]([place, "--json", "--processes", str(processes)])
+                said.append(json.loads(capsys.readouterr().out))
+            assert [one.pop("path") for one in said] == [str(sets[name]), server.url]
+            assert said[0] == said[1]
+        tar = ShardSet.open(sets[name]).manifest.shards[1].file
+        server.faults[tar] = itertools.repeat("flip")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+        [problem] = verify(server.url)
+        assert problem.shard == tar
+        assert "its bytes are not the manifest's" in problem.problem
+        server.faults["manifest.json"] = itertools.repeat("403")
+        says = f"^{server.url}/manifest.json: cannot be fetched: access refused"
+        with pytest.raises(ShardError, match=says):
+            COMMANDS["verify"]([server.url])
