@@ -27,6 +27,14 @@ _RANGE_BYTES = 16 << 20  # of an object store: a request each
 _MOST_BYTES = 1 << 30  # of a file whose size nobody told: a manifest, an index
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 30.0, 60.0  # to a connection; without a byte
 _WORTH_RETRYING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_WORDS = {
+    "ClientPayloadError": "the connection was closed before its end",
+    "ClientConnectorError": "cannot connect",
+    "EndpointConnectionError": "cannot connect",
+    "SocketTimeoutError": "timed out",
+    "ConnectionTimeoutError": "cannot connect: timed out",
+    "ServerDisconnectedError": "the server closed the connection",
+}
 _PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of pvtcap's extras
 
 Store = Callable[[int, bytes], object]
@@ -228,7 +236,8 @@ def _broken(url: str, error: Exception) -> _Broken:
     if isinstance(status, int) and status >= 400:
         wait_s = _retry_after_s(error) if status in _WORTH_RETRYING else None
         return _Broken(f"HTTP {status}", wait_s=wait_s)
-    return _Broken(f"{type(error).__name__}: {detail}" if detail != type(error).__name__ else detail)
+    name = type(error).__name__
+    return _Broken(_WORDS.get(name) or (name if name == detail else f"{name}: {detail}"))
 
 
 def _retry_after_s(error: Exception) -> float:

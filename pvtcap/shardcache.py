@@ -150,11 +150,15 @@ class ShardCache:
 
     def _files(self) -> list[_File]:
         """All that counts. What killed downloads left goes at this opportunity."""
+        # scandir, not glob: a terabyte of shards is tens of thousands of files.
+        entries = [entry for mirror in self.folder.glob(f"*{_MIRROR}") for entry in os.scandir(mirror)]
+        for entry in entries:
+            if entry.name.endswith(_LOCK):
+                _clear_up(Path(entry.path))
         files = []
-        for lock in self.folder.glob(f"*{_MIRROR}/*{_LOCK}"):
-            _clear_up(lock)
-        for path in self.folder.glob(f"*{_MIRROR}/*"):
+        for entry in entries:
             with suppress(FileNotFoundError):
+                path = Path(entry.path)
                 status = path.stat()
                 files.append(_File(status.st_mtime_ns, status.st_size, path))
         return files

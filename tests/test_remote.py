@@ -63,16 +63,28 @@ def test_what_goes_wrong_once_is_mended(server: ShardServer, folder: Path, fault
     assert get(file_url(server.url, "big"), raw) == raw
     assert len(server.asked["big"]) == 2
     assert server.asked["big"][0] == ""
-    assert bool(server.asked["big"][1]) == (fault in ("reset", "cut", "short"))
+    if fault != "reset":  # with which what had come may be lost
+        assert bool(server.asked["big"][1]) == (fault in ("cut", "short"))
 
 
-def test_many_cuts_are_gone_on_from_where_they_were(server: ShardServer, folder: Path) -> None:
+def test_many_cuts_are_gone_on_from_where_they_were(
+    server: ShardServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pvtcap.remote._BLOCK_BYTES", 16 << 10)  # little is lost at a cut
     raw = (folder / "big").read_bytes()
-    server.faults["big"] = iter(["cut", "500"] * 4)  # never three in a row without a byte more
+    server.faults["big"] = iter(["cut", "500", "cut", "500", "cut", "500"])  # never more than two without a byte more
     assert get(file_url(server.url, "big"), raw) == raw
     starts = [int(asked[6:-1] or 0) for asked in server.asked["big"]]
     assert starts == sorted(starts)
-    assert starts[-1] > 1_000_000
+    assert starts[0] < starts[1] < starts[3] < starts[5]
+
+
+def test_a_server_that_falls_silent_is_left(server: ShardServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvtcap.remote._READ_TIMEOUT_S", 0.5)
+    server.faults["big"] = iter(["hold"])
+    raw = (folder / "big").read_bytes()
+    assert get(file_url(server.url, "big"), raw) == raw
+    assert server.asked["big"][1] > "bytes=1"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +124,7 @@ def test_nobody_there(folder: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/set/big"
-        with pytest.raises(ShardError, match=r"cannot be fetched: .*(refused|Cannot connect)"):
+        with pytest.raises(ShardError, match="cannot be fetched: cannot connect; got 3 failures in a row"):
             fetch_bytes(url, retries=QUICK)
     with pytest.raises(ShardError, match="cannot be fetched"):
         fetch_bytes("http://no-such-host.invalid/set/big", retries=QUICK)
