@@ -5,7 +5,8 @@
 What may pass (a reset, a time-out, 429, 500, …) is tried again with growing pauses, from the byte that was reached
 where the other side can do that. Credentials and options are those of fsspec and of the packages below it: for s3
 ``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` (MinIO, Ceph, R2, …) and ``~/.aws``; for anything
-``FSSPEC_S3_ANON=true`` and its like, or ``~/.config/fsspec/*.json``.
+``FSSPEC_S3_ANON=true``, ``FSSPEC_HTTP='{"headers": {"Authorization": "Bearer …"}}'`` and their like, or
+``~/.config/fsspec/*.json``. A proxy: ``FSSPEC_HTTP='{"client_kwargs": {"trust_env": true}}'``.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def file_url(location: str, name: str) -> str:
     if _is_http(location):
         parts = urlsplit(location)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-    folder, chained, rest = location.partition("::")  # zip://folder::s3://bucket/set.zip
-    return f"{folder.rstrip('/')}/{name}{chained}{rest}"
+    folder, chained, rest = location.partition("::")  # zip://folder::s3://bucket/set.zip, zip://::set.zip
+    folder = folder if folder.endswith("://") else f"{folder.rstrip('/')}/"
+    return f"{folder}{name}{chained}{rest}"
 
 
 def shown(url: str) -> str:

@@ -27,6 +27,7 @@ class ShardServer:
         self.faults: dict[str, Iterator[str]] = {}
         self.asked: dict[str, list[str]] = defaultdict(list)
         self.queries: set[str] = set()
+        self.tokens: set[str | None] = set()
         self.go = Event()
         self.half_sent = Event()
 
@@ -57,6 +58,7 @@ class ShardServer:
         asked = handler.headers.get("Range", "")
         self.asked[name].append(asked)
         self.queries.add(query)
+        self.tokens.add(handler.headers.get("Authorization"))
         fault = next(self.faults.get(name, iter(())), "")
         if fault.isdigit() or not (self.folder / name).is_file():
             return self.refuse(handler, int(fault or 404))

@@ -7,11 +7,13 @@ import itertools
 import json
 import pickle
 import random
+import shutil
 import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import fsspec
 import pytest
 from conftest import build_shapes
 from shardserver import ShardServer
@@ -140,6 +142,7 @@ def test_a_missing_package_is_named() -> None:
 
 def test_urls_and_their_secrets(server: ShardServer) -> None:
     assert file_url("s3://bucket/a/", "x.tar") == "s3://bucket/a/x.tar"
+    assert file_url("zip://::a.zip", "x.tar") == "zip://x.tar::a.zip"
     assert file_url("zip://a::s3://bucket/a.zip", "x.tar") == "zip://a/x.tar::s3://bucket/a.zip"
     assert shown("https://me:secret@host:1/a/x.tar?token=secret") == "https://host:1/a/x.tar"
     assert [is_remote(word) for word in ("s3://x", "http://x", "file:///x", "data/x", Path("s3://x"))] == [
@@ -150,6 +153,16 @@ def test_urls_and_their_secrets(server: ShardServer) -> None:
     with pytest.raises(ShardError) as raised:
         fetch_bytes(file_url(f"{server.url}?token=secret", "missing"), retries=QUICK)
     assert "secret" not in str(raised.value)
+
+
+def test_options_are_those_of_fsspec(server: ShardServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What FSSPEC_HTTP='{"headers": …}' or ~/.config/fsspec/x.json sets when fsspec is imported.
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": "Bearer x"}})
+    server.faults["big"] = iter(["cut"])
+    raw = (folder / "big").read_bytes()
+    assert get(file_url(server.url, "big"), raw) == raw
+    assert server.tokens == {"Bearer x"}
+    assert server.asked["big"][1]
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +206,12 @@ def test_a_remote_set_gives_the_samples_of_the_local_one(
         assert list(remote.keys()) == list(local.keys())
         assert list(remote.captions()) == list(local.captions())
         assert read_all(remote, seed + 1) == found
+
+
+def test_whatever_fsspec_opens(sets: dict[str, Path], tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", sets["ours"])
+    remote = ShardSet.open(f"zip://::{archive}", ShardCache(tmp_path / "cache", 10_000_000, 5.0, QUICK))
+    assert list(read_all(remote, 0).values()) == list(read_all(ShardSet.open(sets["ours"]), 0).values())
 
 
 S3 = {
