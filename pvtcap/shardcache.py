@@ -87,6 +87,11 @@ class ShardCache:
                     finally:
                         Path(f"{path}{_LOCK}").unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Remove what killed downloads left, and count anew."""
+        with _disk_errors(self.folder), locked(self.folder / LEDGER) as ledger:
+            _note(ledger, sum(file.size_bytes for file in self._files()))
+
     def admit(self, descriptor: int, size_bytes: int, wait_s: float, watch: Callable[[], object]) -> None:
         """Give a file its size within the limit, evicting others for it. Raises NoRoom after ``wait_s``."""
         if size_bytes > self.max_bytes:
@@ -129,8 +134,7 @@ class ShardCache:
         if total + size_bytes > self.max_bytes:
             total = self._evict(size_bytes)
         fits = total + size_bytes <= self.max_bytes
-        os.ftruncate(ledger, 0)
-        os.pwrite(ledger, b"%d" % (total + size_bytes * fits), 0)
+        _note(ledger, total + size_bytes * fits)
         return fits
 
     def _evict(self, size_bytes: int) -> int:
@@ -157,8 +161,8 @@ class ShardCache:
                 _clear_up(Path(entry.path))
         files = []
         for entry in entries:
+            path = Path(entry.path)
             with suppress(FileNotFoundError):
-                path = Path(entry.path)
                 status = path.stat()
                 files.append(_File(status.st_mtime_ns, status.st_size, path))
         return files
@@ -185,12 +189,14 @@ class Mirror:
 
     @classmethod
     def open(cls, url: str, cache: ShardCache) -> Self:
+        url = url if url.endswith("://") else url.rstrip("/")
         raw = fetch_bytes(file_url(url, MANIFEST), retries=cache.retries)
+        cache.tidy()
         name = hashlib.sha256(f"{shown(url)}\n{hashlib.sha256(raw).hexdigest()}".encode()).hexdigest()[:16]
-        mirror = cls(cache, url.rstrip("/"), cache.folder / f"{name}{_MIRROR}")
+        mirror = cls(cache, url, cache.folder / f"{name}{_MIRROR}")
 
         def fill(descriptor: int) -> None:
-            cache.admit(descriptor, len(raw), cache.wait_s, _nothing)
+            cache.admit(descriptor, len(raw), cache.wait_s, lambda: None)
             _write(descriptor, 0, raw)
 
         os.close(cache.hold(mirror.path / MANIFEST, len(raw), fill))
@@ -217,8 +223,9 @@ class Mirror:
         return self.cache.hold(self.path / name, size_bytes, fill)
 
 
-def _nothing() -> None:
-    pass
+def _note(ledger: int, total_bytes: int) -> None:
+    os.ftruncate(ledger, 0)
+    os.pwrite(ledger, b"%d" % total_bytes, 0)
 
 
 def _held(path: Path, size_bytes: int | None) -> int | None:
