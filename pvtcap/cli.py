@@ -102,7 +102,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")],
-    data: Annotated[Path, typer.Option(help="ShardSet folder with reference captions.")],
+    data: Annotated[str, typer.Option(help="ShardSet with reference captions: a folder or a URL.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json, scores.json and captions.png.")],
     num_beams: Annotated[int | None, typer.Option(min=1)] = None,
     max_length: Annotated[int | None, typer.Option(min=2)] = None,

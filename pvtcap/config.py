@@ -79,6 +79,10 @@ class DataConfig(_Section):
     worker_timeout_s: PositiveFloat = Field(
         45.0, description="A decoding process that spends this long on one photo hangs: the run stops and names it."
     )
+    cache_dir: Path | None = Field(
+        None, description="Where shards of URLs are kept: on a disk of each node. null: below the user's cache folder."
+    )
+    cache_gb: PositiveFloat = Field(100.0, description="What they may take there in all, in 10^9 bytes.")
 
     @field_validator("train", mode="before")
     @classmethod

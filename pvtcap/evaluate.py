@@ -41,7 +41,7 @@ class Captioned:
 
 
 def run(
-    checkpoint: Path, data: Path, out: Path, world: World, how: EvaluateConfig, *, blank_photos: bool = False
+    checkpoint: Path, data: str | Path, out: Path, world: World, how: EvaluateConfig, *, blank_photos: bool = False
 ) -> dict[str, Any] | None:
     """Evaluate; collective. Returns the content of scores.json on rank 0, None elsewhere."""
     chosen = world.on_first_rank(lambda: Checkpoint.open(checkpoint))
@@ -99,7 +99,7 @@ def merge(shardset: ShardSet, captioned: Sequence[Captioned]) -> list[Captioned]
     if wrong:
         raise EvaluationError(
             "not exactly one caption for each photo",
-            where=shardset.path,
+            where=shardset.location,
             got=f"{counts[wrong[0]]} for {wrong[0]}, {len(wrong)} such photos",
             wanted="1 each",
         )

@@ -67,7 +67,7 @@ def _entry(reader: ShardReader, shard: int, index: int) -> sheet.Entry:
     try:
         decode_photo(sample.photo)
     except BadPhoto as error:
-        do = f"See 'pvtcap shards verify {reader.shardset.path}'."
+        do = f"See 'pvtcap shards verify {reader.shardset.location}'."
         raise ShardError(error.reason, where=reader.where(shard, index), got=error.detail or None, do=do) from None
     first, *more = sample.captions
     left_out = len(more) + 1 - _MOST_CAPTIONS

@@ -27,7 +27,7 @@ def info_tables(info: ShardSetInfo) -> Iterator[Table]:
 def _totals(info: ShardSetInfo) -> Table:
     manifest, words = info.manifest, info.counts.words
     # Text, not str: rich would read a bracket in a name as markup.
-    table = Table(title=Text(f"{manifest.name}, in {info.path}"), title_justify="left")
+    table = Table(title=Text(f"{manifest.name}, in {info.location}"), title_justify="left")
     row = {
         "photos": manifest.num_samples,
         "captions": manifest.num_captions,

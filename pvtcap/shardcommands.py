@@ -44,9 +44,9 @@ def verify(words: list[str]) -> None:
 
     from pvtcap import shardverify
     from pvtcap.buildreport import photos_progress
-    from pvtcap.shardset import read_manifest
+    from pvtcap.shardset import ShardSet
 
-    with photos_progress("verify", read_manifest(args.path).num_samples) as progress:
+    with photos_progress("verify", ShardSet.at(args.path).num_samples) as progress:
         found = shardverify.inspect(args.path, processes, progress)
     if args.json:
         typer.echo(json.dumps({"path": str(args.path), **asdict(found), "ok": not found.problems}, indent=1))
@@ -128,7 +128,7 @@ def _parser(name: str, command: Callable[[list[str]], None], epilog: str | None 
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", type=Path, metavar="DIR", help="the ShardSet's folder")
+    parser.add_argument("path", metavar="DIR", help="the ShardSet's folder, or its URL")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
     parser.add_argument("--processes", type=int, metavar="N", help="default: one a usable CPU")
     return parser

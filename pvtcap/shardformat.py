@@ -12,8 +12,9 @@ import os
 import stat
 import zlib
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -39,6 +40,14 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ShardFile(NamedTuple):
+    """A file of a shard, and what the manifest knows of it."""
+
+    name: str
+    size_bytes: int | None
+    sha256: str
 
 
 class Foreign(_Record):
@@ -77,6 +86,21 @@ class ShardEntry(_Record):
     @property
     def texts_file(self) -> str:
         return texts_name(self.file)
+
+    @property
+    def tar(self) -> ShardFile:
+        return ShardFile(self.file, self.size_bytes, self.sha256)
+
+    @property
+    def index(self) -> ShardFile:
+        return ShardFile(self.index_file, None, self.index_sha256)
+
+    @property
+    def texts(self) -> ShardFile:
+        """Where the texts lie: in the tar itself, or beside a foreign one."""
+        if self.foreign is None:
+            return self.tar
+        return ShardFile(self.texts_file, self.foreign.texts_size_bytes, self.foreign.texts_sha256)
 
     @model_serializer(mode="wrap")
     def _as_ever_unless_foreign(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -152,6 +176,19 @@ class Text(BaseModel):
     source: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A photo (encoded, as stored) with all its captions. ``width`` and ``height`` are in pixels."""
+
+    key: str
+    image_id: int | str
+    captions: tuple[str, ...]
+    photo: bytes
+    width: int
+    height: int
+    source: str = ""
+
+
 def header_crc(header: bytes, size: int) -> int:
     """CRC-32 of the block before a member of a tar and of the member's size, which may stand elsewhere."""
     return zlib.crc32(b"%d" % size, zlib.crc32(header))
@@ -184,6 +221,14 @@ def read_file(path: Path) -> bytes:
         raise ShardError(f"cannot read: {error.strerror}", where=path) from error
 
 
+def open_file(path: Path) -> int:
+    """A file's descriptor, for reading. Raises ShardError."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ShardError(f"cannot open the shard: {error.strerror}", where=path) from error
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
@@ -203,6 +248,38 @@ def parse_json(model: type[M], raw: bytes, where: object) -> M:
         raise ShardError(
             f"not a valid {model.__name__}: {place} {first['msg']}".replace(":  ", ": "), where=where
         ) from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the ShardSet in folder ``path``. Raises ShardError when it is missing or not of this format."""
+    if not path.is_dir():
+        raise ShardError("no such shard folder", where=path, do="Build one with 'pvtcap shards BUILDER --out DIR'.")
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise ShardError(
+            f"shard folder without a {MANIFEST}",
+            where=path,
+            do="Its build did not finish: run the same 'pvtcap shards' command again and it goes on.",
+        )
+    return parse_manifest(read_file(manifest_path), manifest_path)
+
+
+def parse_manifest(raw: bytes, where: object) -> Manifest:
+    """A manifest's content. Raises ShardError when it is not of this format."""
+    manifest = parse_json(Manifest, raw, where)
+    if manifest.format != FORMAT:
+        raise ShardError("unknown format", where=where, got=manifest.format, wanted=FORMAT)
+    return manifest
+
+
+def check_size(path: Path, wanted: int) -> None:
+    """Raises ShardError unless there is a file of this size."""
+    if (size := file_size(path)) is None:
+        raise ShardError("a shard named in the manifest is missing", where=path, do="Copy it back or build it again.")
+    if size != wanted:
+        kind = "tar" if path.suffix == ".tar" else "file of texts"
+        what = f"truncated {kind}" if size < wanted else f"a {kind} larger than its manifest says"
+        raise ShardError(what, where=path, got=f"{size:,} bytes", wanted=f"{wanted:,}", do="Copy or build it again.")
 
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from pvtcap.distribution import Distribution, Range
@@ -65,7 +64,7 @@ class Counts:
 class ShardSetInfo:
     """Everything that ``pvtcap shards info`` tells."""
 
-    path: Path
+    location: str
     manifest: Manifest
     counts: Counts
 
@@ -87,7 +86,7 @@ class ShardSetInfo:
         options = dict(manifest.build)
         counted = ("captions_per_photo", "caption_words", "short_side_px", "long_side_px", "width_px", "height_px")
         return {
-            "path": str(self.path),
+            "path": self.location,
             "name": manifest.name,
             "builder": options.pop("builder", None),
             "build_options": options,
@@ -142,12 +141,12 @@ def collect(
     if (num_captions := counts.captions_per_photo.total) != shardset.num_captions:
         raise ShardError(
             "the manifest's number of captions is wrong",
-            where=shardset.path / MANIFEST,
+            where=f"{shardset.location}/{MANIFEST}",
             got=f"{shardset.num_captions:,}",
             wanted=f"{num_captions:,}",
-            do=f"See 'pvtcap shards verify {shardset.path}'.",
+            do=f"See 'pvtcap shards verify {shardset.location}'.",
         )
-    return ShardSetInfo(shardset.path, shardset.manifest, counts)
+    return ShardSetInfo(shardset.location, shardset.manifest, counts)
 
 
 def count_shard(shardset: ShardSet) -> Counts:

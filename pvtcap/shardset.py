@@ -8,9 +8,10 @@
 
 ``KEY.json`` is ``{image_id, captions, width, height, source}``: a photo is stored once with all its captions. Tars of
 another's (``pvtcap shards index``) stay as they are; their texts lie in ``*.texts.jsonl`` beside them.
+A ShardSet may also lie at a URL (http, s3, gs, …): its files then come into a cache one by one, when they are needed.
 This module reads; ``shardwriter`` and ``shardindex`` write, ``shardverify`` reads every byte. Example::
 
-    shardset = ShardSet.open(Path("data/flickr8k-train"))
+    shardset = ShardSet.open("data/flickr8k-train")     # or s3://bucket/flickr8k-train
     with ShardReader(shardset) as reader:
         sample = reader.read(shard=0, index=17)
 """
@@ -20,12 +21,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Self
 
 from pvtcap.errors import ShardError
+from pvtcap.remote import file_url, is_remote, shown
+from pvtcap.shardcache import Mirror, ShardCache
 from pvtcap.shardformat import (
     FORMAT,
     HEADER_BYTES,
@@ -33,15 +36,21 @@ from pvtcap.shardformat import (
     Foreign,
     ForeignIndex,
     Manifest,
+    Sample,
     ShardEntry,
+    ShardFile,
     ShardIndex,
     SkippedItem,
     Text,
+    check_size,
     file_size,
     header_crc,
     index_name,
+    open_file,
     parse_json,
+    parse_manifest,
     read_file,
+    read_manifest,
     sha256_file,
     texts_name,
     write_json,
@@ -69,43 +78,48 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A photo (encoded, as stored) with all its captions. ``width`` and ``height`` are in pixels."""
-
-    key: str
-    image_id: int | str
-    captions: tuple[str, ...]
-    photo: bytes
-    width: int
-    height: int
-    source: str = ""
-
-
 @dataclass(frozen=True)
 class ShardSet:
     """A complete ShardSet, checked as far as names and sizes go; ``verify`` reads every byte."""
 
-    path: Path
+    path: Path  # of a remote one: where the cache has what was fetched of it
     manifest: Manifest
+    mirror: Mirror | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a ShardSet; raises ShardError when it is missing, incomplete, or a tar has not the size it should."""
-        manifest = read_manifest(path)
-        for entry in manifest.shards:
-            _check_size(path / entry.file, entry.size_bytes)
+    def open(cls, location: str | Path, cache: ShardCache | None = None) -> Self:
+        """Open a ShardSet in a folder or at a URL; of that, its manifest is fetched, into ``cache`` or the default one.
+
+        Raises ShardError when it is missing, incomplete, or (in a folder) a tar has not the size it should.
+        """
+        shardset = cls.at(location, cache)
+        manifest, where = shardset.manifest, f"{shardset.location}/{MANIFEST}"
+        for entry in manifest.shards if shardset.mirror is None else ():
+            check_size(shardset.path / entry.file, entry.size_bytes)
             if entry.foreign is not None:
-                _check_size(path / entry.texts_file, entry.foreign.texts_size_bytes)
+                check_size(shardset.path / entry.texts_file, entry.foreign.texts_size_bytes)
         if twice := [file for file, times in Counter(entry.file for entry in manifest.shards).items() if times > 1]:
-            raise ShardError("a shard is named twice", where=path / MANIFEST, got=twice[0])
+            raise ShardError("a shard is named twice", where=where, got=twice[0])
         if sum(entry.num_samples for entry in manifest.shards) != manifest.num_samples:
-            raise ShardError(
-                "the shards' sample counts do not add up", where=path / MANIFEST, wanted=manifest.num_samples
-            )
+            raise ShardError("the shards' sample counts do not add up", where=where, wanted=manifest.num_samples)
         if manifest.num_samples == 0:
-            raise ShardError("a ShardSet without samples", where=path)
-        return cls(path, manifest)
+            raise ShardError("a ShardSet without samples", where=shardset.location)
+        return shardset
+
+    @classmethod
+    def at(cls, location: str | Path, cache: ShardCache | None = None) -> Self:
+        """As ``open``, but of all that, only the manifest's form is looked at."""
+        if not is_remote(location):
+            path = Path(str(location).removeprefix("file://"))
+            return cls(path, read_manifest(path))
+        mirror = Mirror.open(str(location), cache or ShardCache.of())
+        manifest = parse_manifest(read_file(mirror.path / MANIFEST), shown(file_url(mirror.url, MANIFEST)))
+        return cls(mirror.path, manifest, mirror)
+
+    @property
+    def location(self) -> str:
+        """The folder or the URL, as an error names it."""
+        return str(self.path) if self.mirror is None else shown(self.mirror.url)
 
     @property
     def num_samples(self) -> int:
@@ -122,15 +136,16 @@ class ShardSet:
 
     def only(self, shard: int) -> Self:
         """This ShardSet with one shard, as number 0: what a worker is sent, as small as if there were no others."""
-        return type(self)(self.path, self.manifest.model_copy(update={"shards": [self.manifest.shards[shard]]}))
+        return replace(self, manifest=self.manifest.model_copy(update={"shards": [self.manifest.shards[shard]]}))
 
     def load_index(self, shard: int) -> ShardIndex:
         """The index of one shard, its checksum and lengths checked."""
         entry = self.manifest.shards[shard]
         path = self.path / entry.index_file
-        if file_size(path) is None:
+        if self.mirror is None and file_size(path) is None:
             raise ShardError("a shard's index is missing", where=path, do="Build the shards again.")
-        raw = read_file(path)
+        with os.fdopen(self.open_file(entry.index), "rb") as file:
+            raw = file.read()
         if hashlib.sha256(raw).hexdigest() != entry.index_sha256:
             raise ShardError("the index is not the one in the manifest (sha256 differs)", where=path)
         index = parse_json(ShardIndex if entry.foreign is None else ForeignIndex, raw, path)
@@ -142,6 +157,16 @@ class ShardSet:
             return index
         return index.model_copy(update={"keys": [entry.foreign.key_prefix + key for key in index.keys]})
 
+    def open_file(
+        self, file: ShardFile, wait_s: float | None = None, watch: Callable[[], object] = lambda: None
+    ) -> int:
+        """A descriptor of one of the ShardSet's files. A remote one is fetched if need be, and stays in the cache until
+        this is closed; for ``wait_s`` and ``watch`` see ``Mirror.hold``.
+        """
+        if self.mirror is None:
+            return open_file(self.path / file.name)
+        return self.mirror.hold(file, wait_s, watch)
+
     def keys(self) -> Iterator[str]:
         """All keys in storage order."""
         for shard in range(len(self.manifest.shards)):
@@ -149,7 +174,7 @@ class ShardSet:
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """All samples' captions in storage order, without reading a photo."""
-        with ShardReader(self) as reader:
+        with ShardReader(self, max_open=1) as reader:
             for shard, size in enumerate(self.sizes):
                 for index in range(size):
                     yield reader.read_text(shard, index).captions
@@ -170,15 +195,19 @@ class _OpenShard:
 
 
 class ShardReader:
-    """Random access to samples by (shard, index); keeps files open. One a process: offsets are not shared.
+    """Random access to samples by (shard, index). One a process: offsets are not shared.
+
+    The ``max_open`` shards used last stay open, and so in the cache if they are remote: no more than are really needed
+    at a time should be.
 
     What it promises of a tar that has changed since it was indexed: a sample is read only from behind the very tar
     header that belongs to its key, with its size. A photo's own bytes have no checksum of their own: ``verify``
     compares those.
     """
 
-    def __init__(self, shardset: ShardSet) -> None:
-        self.shardset = shardset
+    # 64 is far below the usual 1,024 open files, and far above what a shuffle window needs.
+    def __init__(self, shardset: ShardSet, max_open: int = 64) -> None:
+        self.shardset, self.max_open = shardset, max_open
         self._open: dict[int, _OpenShard] = {}
 
     def __enter__(self) -> Self:
@@ -187,21 +216,26 @@ class ShardReader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()  # a shard that nobody reads any more must not stay in the cache
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.shardset, self.max_open)  # descriptors mean nothing in another process
+
     def close(self) -> None:
-        for shard in self._open.values():
-            shard.close()
-        self._open.clear()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def key(self, shard: int, index: int) -> str:
         return self._shard(shard).index.keys[index]
 
     def where(self, shard: int, index: int) -> str:
         """How an error names a sample."""
-        return f"{self.shardset.path}/{self.shardset.manifest.shards[shard].file}, sample {self.key(shard, index)}"
+        return f"{self.shardset.location}/{self.shardset.manifest.shards[shard].file}, sample {self.key(shard, index)}"
 
     def number(self, shard: int, index: int) -> str:
         """The same, known before anything of the shard has been read."""
-        return f"{self.shardset.path}/{self.shardset.manifest.shards[shard].file}, sample number {index}"
+        return f"{self.shardset.location}/{self.shardset.manifest.shards[shard].file}, sample number {index}"
 
     def read(self, shard: int, index: int) -> Sample:
         """One sample; the photo's bytes as stored. Raises ShardError on a short read or a damaged text member."""
@@ -233,18 +267,22 @@ class ShardReader:
         return Sample(key, image_id, tuple(text.captions), b"", text.width, text.height, text.source)
 
     def _shard(self, shard: int) -> _OpenShard:
-        if shard not in self._open:
-            if len(self._open) >= 64:  # far below the usual 1,024 open files, far above what a shuffle window needs
+        if (opened := self._open.pop(shard, None)) is None:
+            while len(self._open) >= self.max_open:
                 self._open.pop(next(iter(self._open))).close()
-            entry, index = self.shardset.manifest.shards[shard], self.shardset.load_index(shard)
-            tar = _descriptor(self.shardset.path / entry.file)
-            try:
-                texts = tar if entry.foreign is None else _descriptor(self.shardset.path / entry.texts_file)
-            except ShardError:
-                os.close(tar)
-                raise
-            self._open[shard] = _OpenShard(entry, tar, texts, index)
-        return self._open[shard]
+            opened = self._opened(shard)
+        self._open[shard] = opened  # the last: the first is the one that was not used for longest
+        return opened
+
+    def _opened(self, shard: int) -> _OpenShard:
+        entry, index = self.shardset.manifest.shards[shard], self.shardset.load_index(shard)
+        tar = self.shardset.open_file(entry.tar)
+        try:
+            texts = tar if entry.foreign is None else self.shardset.open_file(entry.texts)
+        except BaseException:
+            os.close(tar)
+            raise
+        return _OpenShard(entry, tar, texts, index)
 
     def _member(self, tar: int, span: tuple[int, int], suffix: str, shard: int, index: int) -> bytes:
         """A member of a tar of ours, whose header says nothing but its name and its size."""
@@ -280,36 +318,3 @@ class ShardReader:
             where=self.where(shard, index),
             do="Copy it again, or build or index the shards again.",
         )
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the ShardSet in folder ``path``. Raises ShardError when it is missing or not of this format."""
-    if not path.is_dir():
-        raise ShardError("no such shard folder", where=path, do="Build one with 'pvtcap shards BUILDER --out DIR'.")
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise ShardError(
-            f"shard folder without a {MANIFEST}",
-            where=path,
-            do="Its build did not finish: run the same 'pvtcap shards' command again and it goes on.",
-        )
-    manifest = parse_json(Manifest, read_file(manifest_path), manifest_path)
-    if manifest.format != FORMAT:
-        raise ShardError("unknown format", where=manifest_path, got=manifest.format, wanted=FORMAT)
-    return manifest
-
-
-def _check_size(path: Path, wanted: int) -> None:
-    if (size := file_size(path)) is None:
-        raise ShardError("a shard named in the manifest is missing", where=path, do="Copy it back or build it again.")
-    if size != wanted:
-        kind = "tar" if path.suffix == ".tar" else "file of texts"
-        what = f"truncated {kind}" if size < wanted else f"a {kind} larger than its manifest says"
-        raise ShardError(what, where=path, got=f"{size:,} bytes", wanted=f"{wanted:,}", do="Copy or build it again.")
-
-
-def _descriptor(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ShardError(f"cannot open the shard: {error.strerror}", where=path) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from pvtcap.shardset import (
     SkippedItem,
     file_size,
     parse_json,
-    read_manifest,
     sha256_file,
 )
 from pvtcap.tarwalk import open_tar, split_name, walk_tar
@@ -63,23 +62,28 @@ class ShardFindings:
     bytes_read: int = 0
 
 
-def verify(path: Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None) -> list[Problem]:
+def verify(
+    path: str | Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None
+) -> list[Problem]:
     """All that is wrong with the ShardSet in ``path``; an empty list when it is whole. See ``inspect``."""
     return inspect(path, processes, progress).problems
 
 
-def inspect(path: Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None) -> Verification:
-    """Read the ShardSet in ``path`` to its last byte, in so many processes.
+def inspect(
+    path: str | Path, processes: int = 1, progress: Callable[[int], object] = lambda done: None
+) -> Verification:
+    """Read the ShardSet in the folder or at the URL ``path`` to its last byte, in so many processes.
 
-    ``progress`` is called with the number of samples just read. Raises ShardError when there is no manifest to verify
-    against, or it is damaged; everything else that is wrong is a Problem.
+    A remote one comes through the cache, and its checksums are compared as it comes. ``progress`` is called with the
+    number of samples just read. Raises ShardError when there is no manifest to verify against, or it is damaged;
+    everything else that is wrong is a Problem.
     """
-    manifest = read_manifest(path)
-    shardset = ShardSet(path, manifest)
+    shardset = ShardSet.at(path)
+    manifest = shardset.manifest
     shards = (shardset.only(shard) for shard in range(len(manifest.shards)))
     with closing(map_in_order(verify_shard, shards, min(processes, len(manifest.shards)))) as findings:
         problems, bytes_read = _collect(findings, manifest, progress)
-    problems += _verify_totals(path, manifest)
+    problems += _verify_totals(shardset)
     return Verification(len(manifest.shards), manifest.num_samples, bytes_read, problems)
 
 
@@ -87,7 +91,13 @@ def verify_shard(shardset: ShardSet) -> ShardFindings:
     """Read the first shard of ``shardset`` to its last byte."""
     entry = shardset.manifest.shards[0]
     try:
-        return _verify_shard(shardset, entry)
+        with ExitStack() as held:
+            if shardset.mirror is not None:  # its files are then below its path, and stay there
+                for file in {entry.index, entry.texts, entry.tar}:
+                    held.callback(os.close, shardset.open_file(file))
+            return _verify_shard(shardset, entry)
+    except ShardError as error:  # it cannot be fetched
+        return ShardFindings([Problem(entry.file, "", str(error))], [], [])
     except OSError as error:  # a disk that gives its bytes no more, or a file that is not ours to read
         return ShardFindings([Problem(entry.file, "", f"cannot be read: {error.strerror or error}")], [], [])
 
@@ -203,8 +213,9 @@ def _collect(
     return problems, bytes_read
 
 
-def _verify_totals(path: Path, manifest: Manifest) -> list[Problem]:
-    """Compare the manifest's totals with its shards, with skipped.jsonl, and with the tars in the folder."""
+def _verify_totals(shardset: ShardSet) -> list[Problem]:
+    """Compare the manifest's totals with its shards, and in a folder with skipped.jsonl and the tars that are there."""
+    path, manifest = shardset.path, shardset.manifest
     problems: list[Problem] = []
     for what in ("num_samples", "num_captions"):
         total, wanted = sum(getattr(entry, what) for entry in manifest.shards), getattr(manifest, what)
@@ -218,6 +229,8 @@ def _verify_totals(path: Path, manifest: Manifest) -> list[Problem]:
     for name, times in named.items():
         if times > 1:
             problems.append(Problem(MANIFEST, "", f"it names {name} {times} times"))
+    if shardset.mirror is not None:
+        return problems  # the manifest has no checksum of skipped.jsonl, and what else is there cannot be known
     skipped = path / SKIPPED
     items: list[SkippedItem] = []
     try:

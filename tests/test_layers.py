@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots"},
+    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock"},
+    {"shardcache"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
+    {"readahead", "config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource", "configfile"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download", "sources", "loader"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,21 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": 1}
     with pytest.raises(ShardError, match=r"a\.json: not a valid Manifest: format Field required"):
         parse_json(Manifest, (tmp_path / "a.json").read_bytes(), tmp_path / "a.json")
+
+
+def test_a_reader_keeps_the_shards_open_that_it_used_last(cats: Path) -> None:
+    reader = ShardReader(ShardSet.open(cats), max_open=2)
+    for shard in (0, 1, 0, 2):
+        reader.read(shard, 0)
+    assert list(reader._open) == [0, 2]
+    descriptors = [opened.tar for opened in reader._open.values()]
+    copy = pickle.loads(pickle.dumps(reader))
+    assert (copy.shardset, copy.max_open, copy._open) == (reader.shardset, 2, {})
+    del reader
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_a_file_url_is_a_folder(cats: Path) -> None:
+    assert ShardSet.open(f"file://{cats}") == ShardSet.open(cats) == ShardSet.open(str(cats))
