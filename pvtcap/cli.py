@@ -92,7 +92,7 @@ def train(
             assert loaded.data.val is not None, "train asks for scores only where there is data.val"
             out = loaded.run.dir / "eval" / checkpoint.name
             report = evaluation.run(
-                checkpoint, Path(loaded.data.val), out, world, loaded.evaluate, blank_photos=loaded.data.blank_photos
+                checkpoint, loaded.data.val, out, world, loaded.evaluate, blank_photos=loaded.data.blank_photos
             )
             return ({} if report is None else report["scores"]), out / evaluation.SHEET
 

@@ -26,12 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is. ``rank`` and ``size`` count all processes, ``local_rank`` those of this machine."""
+    """Who this process is. ``rank`` and ``size`` count all processes, the local ones those of this machine."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
 
     @classmethod
     def alone(cls, device: str | None = None) -> Self:
@@ -54,7 +55,7 @@ class World:
         # gloo beside nccl: small values travel on the CPU without touching the GPU's stream.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        return cls(rank, size, local_rank, device)
+        return cls(rank, size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def __enter__(self) -> Self:
         return self

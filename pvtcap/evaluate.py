@@ -25,6 +25,7 @@ from pvtcap.dist import World
 from pvtcap.errors import EvaluationError
 from pvtcap.scoretable import SCORES
 from pvtcap.shardset import ShardReader, ShardSet, write_json
+from pvtcap.sources import open_shardset
 from pvtcap.stream import View, whole_batches
 
 RESULTS, CAPTIONS, SHEET = "results.json", "captions.jsonl", "captions.png"
@@ -45,7 +46,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Evaluate; collective. Returns the content of scores.json on rank 0, None elsewhere."""
     chosen = world.on_first_rank(lambda: Checkpoint.open(checkpoint))
-    shardset = world.on_first_rank(lambda: ShardSet.open(data))
+    shardset = world.on_first_rank(lambda: open_shardset(data, chosen.config.data))
     mine = generate(chosen, shardset, world, how, blank_photos)
     parts = world.gather(mine)
 

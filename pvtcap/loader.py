@@ -28,6 +28,7 @@ from pvtcap.processes import start_worker
 T = TypeVar("T")
 
 _POLL_S = 5.0  # how often a silent loader is looked into
+_START_S = 300.0  # a worker that begins imports torch, from a slow disk perhaps
 _NAME_BYTES = 400
 
 
@@ -40,7 +41,9 @@ class Row(NamedTuple):
 
 
 class Board:
-    """A row for each worker in shared memory: its process, since when (monotonic ns; 0: idle), and the sample."""
+    """A row for each worker in shared memory: its process, since when (monotonic ns, or one of these), the sample."""
+
+    IDLE, FETCHING = 0, -1
 
     def __init__(self, workers: int) -> None:
         self._numbers: torch.Tensor = torch.zeros((max(1, workers), 2), dtype=torch.int64)
@@ -48,21 +51,31 @@ class Board:
         for shared in (self._numbers, self._names):
             shared.share_memory_()  # type: ignore[no-untyped-call]
 
-    def begin(self, where: str) -> None:
-        """This process now works on the sample that a person would call ``where``."""
+    def begin(self, where: str, *, fetching: bool = False) -> None:
+        """This process now works on the sample that a person would call ``where``; or it waits for the sample's shard
+        to be fetched, which has time-outs of its own.
+        """
         worker, name = self._mine(), where.encode("utf-8", "replace")[-_NAME_BYTES:]
         row = self._names[worker].numpy()
         row[: len(name)] = np.frombuffer(name, np.uint8)
         row[len(name) :] = 0
-        self._numbers[worker].numpy()[:] = os.getpid(), time.monotonic_ns()
+        self._numbers[worker].numpy()[:] = os.getpid(), self.FETCHING if fetching else time.monotonic_ns()
 
     def idle(self) -> None:
         """This process works on no sample: it may take its time."""
-        self._numbers[self._mine(), 1] = 0
+        self._numbers[self._mine(), 1] = self.IDLE
 
     def processes(self) -> list[int]:
         """All that have begun with a sample."""
         return [process for process in self._numbers[:, 0].tolist() if process]
+
+    def have_all_begun(self) -> bool:
+        """Whether each worker has had a sample."""
+        return 0 not in self._numbers[:, 0].tolist()
+
+    def is_fetching(self) -> bool:
+        """Whether any of them waits for a shard."""
+        return self.FETCHING in self._numbers[:, 1].tolist()
 
     def busy(self) -> list[Row]:
         """The workers at a sample."""
@@ -70,7 +83,7 @@ class Board:
         return [
             Row(process, (now - since) / 1e9, bytes(name).rstrip(b"\0").decode("utf-8", "replace"))
             for (process, since), name in zip(self._numbers.tolist(), self._names.tolist(), strict=True)
-            if since
+            if since > 0
         ]
 
     def _mine(self) -> int:
@@ -145,7 +158,8 @@ def _look_into(error: RuntimeError, board: Board, waited_s: float, timeout_s: fl
     busy = board.busy()
     if "timed out" in str(error):
         hanging = [row for row in busy if row.seconds > timeout_s]
-        if not hanging and (busy or waited_s < timeout_s):
+        patience_s = timeout_s if board.have_all_begun() else _START_S
+        if not hanging and (busy or waited_s < patience_s or board.is_fetching()):
             return
         for process in board.processes():
             # Whatever they wait for, this process must be able to leave, which joins them.

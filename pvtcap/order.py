@@ -241,10 +241,14 @@ class Order:
         """The sample at a position (>= 0) of the endless line."""
         return self._sources[self.cycle.source(position)].place(position)
 
+    def lanes(self, slots: range) -> list[int]:
+        """The lanes of these slots of each batch."""
+        return sorted({self.cycle.lane(slot) for slot in slots})
+
     def needs(self, step: int, slots: range) -> Iterator[Need]:
         """The shards that these slots of the batches from ``step`` on read, in the order in which they are needed."""
         position = step * self.cycle.global_batch
-        lanes = sorted({self.cycle.lane(slot) for slot in slots})
+        lanes = self.lanes(slots)
         of_lanes = (source.needs(position, lane) for source in self._sources for lane in lanes)
         return heapq.merge(*of_lanes, key=lambda need: need.step)
 

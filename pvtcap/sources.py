@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from pvtcap.config import DataConfig
 from pvtcap.errors import ConfigError
 from pvtcap.order import Order, Place
+from pvtcap.shardcache import ShardCache
 from pvtcap.shardset import MANIFEST, Sample, ShardReader, ShardSet, sha256_file
 
 
@@ -49,7 +50,7 @@ class Sources:
         """What ``data.train`` names. Raises ConfigError where it names nothing, ShardError where it is no ShardSet."""
         if not data.train:
             raise ConfigError("no training data", where="data.train", do="Give a shard folder: data.train=DIR.")
-        shardsets = tuple(ShardSet.open(Path(source.path)) for source in data.train)
+        shardsets = tuple(open_shardset(source.path, data) for source in data.train)
         weights = [source.weight for source in data.train if source.weight is not None]
         return cls(shardsets, tuple(weights) or None)
 
@@ -89,7 +90,7 @@ class Sources:
         """The tar of a shard, for messages."""
         number, of_set = self.locate(source, shard)
         shardset = self.shardsets[number]
-        return str(shardset.path / shardset.manifest.shards[of_set].file)
+        return f"{shardset.location}/{shardset.manifest.shards[of_set].file}"
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """All samples' captions, without reading a photo."""
@@ -108,12 +109,17 @@ class Sources:
         ]
 
 
-class SourceReader:
-    """Reads the samples of some Sources; one a process."""
+def open_shardset(location: str | Path, data: DataConfig) -> ShardSet:
+    """The ShardSet in a folder or at a URL, fetched to the cache that ``data`` names. Raises ShardError."""
+    return ShardSet.open(location, ShardCache.of(data.cache_dir, data.cache_gb))
 
-    def __init__(self, sources: Sources) -> None:
+
+class SourceReader:
+    """Reads the samples of some Sources; one a process. Of each ShardSet, ``max_open`` shards stay open."""
+
+    def __init__(self, sources: Sources, max_open: int) -> None:
         self.sources = sources
-        self._readers = [ShardReader(shardset) for shardset in sources.shardsets]
+        self._readers = [ShardReader(shardset, max_open) for shardset in sources.shardsets]
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +131,9 @@ class SourceReader:
     def read(self, place: Place) -> Sample:
         number, shard = self.sources.locate(place.source, place.shard)
         return self._readers[number].read(shard, place.sample)
+
+    def is_remote(self, place: Place) -> bool:
+        return self.sources.shardsets[self.sources.locate(place.source, place.shard)[0]].mirror is not None
 
     def where(self, place: Place) -> str:
         """The shard and the key, for messages."""

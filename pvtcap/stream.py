@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -25,10 +26,13 @@ from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.loader import Work, load
 from pvtcap.order import Place, generator
+from pvtcap.readahead import ReadAhead
 from pvtcap.shardset import Sample, ShardReader, ShardSet
 from pvtcap.sources import SourceReader, Sources
 from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
 
+_MOST_OPEN = 400  # shards of a ShardSet in one process; the usual limit is 1,024 files, and some shards are two
+_MOST_AHEAD = 64
 _TENSORS = ("photos", "tokens", "labels", "positions", "segments")
 
 
@@ -109,7 +113,15 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank, ``plan.accumulation`` a step, beginning with step ``first_step`` (from 0)."""
     work = _TrainBatches(sources, view, plan, world.rank, seed)
-    return _load(work, itertools.count(first_step * plan.accumulation), view, world)
+    batches = _load(work, itertools.count(first_step * plan.accumulation), view, world)
+    with ExitStack() as stack:
+        ahead = [
+            stack.enter_context(part) for part in _read_ahead(sources, view.data, work.slots, world, seed, first_step)
+        ]
+        for number, batch in enumerate(batches, start=first_step * plan.accumulation):
+            for part in ahead:
+                part.reached(number // plan.accumulation)
+            yield batch
 
 
 def whole_batches(shardset: ShardSet, view: View, micro_batch: int, world: World, *, even: bool) -> Iterator[Batch]:
@@ -126,22 +138,39 @@ def whole_batches(shardset: ShardSet, view: View, micro_batch: int, world: World
         yield next(_load(batches, [0], view, world)).without_labels()
 
 
+def _read_ahead(
+    sources: Sources, data: DataConfig, slots: range, world: World, seed: int, first_step: int
+) -> Iterator[AbstractContextManager[ReadAhead]]:
+    """For each ShardSet at a URL, a thread that fetches what these slots will read."""
+    # A cache that is full of what is to come has no room for what is in use.
+    max_bytes = round(data.cache_gb * 1e9 / 4 / len(sources.shardsets) / world.local_size)
+    for number, shardset in enumerate(sources.shardsets):
+        if shardset.mirror is not None:
+            needs = sources.order(data, seed).needs(first_step, slots)  # an order of its own: threads do not share one
+            located = ((need.step, *sources.locate(need.source, need.shard)) for need in needs)
+            mine = ((step, shard) for step, of, shard in located if of == number)
+            yield ReadAhead(shardset, mine, max_bytes=max_bytes, max_shards=_MOST_AHEAD)
+
+
 class _TrainBatches(Work[Batch]):
     """Batch ``step * accumulation + turn`` is a micro-batch of one rank, whose slots are neighbours in the order."""
 
     def __init__(self, sources: Sources, view: View, plan: BatchPlan, rank: int, seed: int) -> None:
         self.view, self.plan, self.seed = view, plan, seed
-        self.first_slot = rank * plan.accumulation * plan.micro_batch
+        of_rank = plan.accumulation * plan.micro_batch
+        self.slots = range(rank * of_rank, (rank + 1) * of_rank)
         self.order = sources.order(view.data, seed)
-        self.reader = SourceReader(sources)
+        # The windows of its lanes, and a shard more of each where one ends; more would fill the cache for nothing.
+        max_open = len(self.order.lanes(self.slots)) * (view.data.shuffle_window_shards + 1)
+        self.reader = SourceReader(sources, min(max_open, _MOST_OPEN))
 
     def make(self, number: int) -> Batch:
         step, turn = divmod(number, self.plan.accumulation)
-        first = step * self.plan.global_batch + self.first_slot + turn * self.plan.micro_batch
+        first = step * self.plan.global_batch + self.slots.start + turn * self.plan.micro_batch
         places = [self.order.place(position) for position in range(first, first + self.plan.micro_batch)]
         photos, samples, captions, bad = [], [], [], []
         for place in places:
-            self.board.begin(self.reader.number(place))
+            self.board.begin(self.reader.number(place), fetching=self.reader.is_remote(place))
             where = self.reader.where(place)
             self.board.begin(where)
             draw = generator(self.seed, place)
@@ -173,7 +202,7 @@ class _WholeBatches(Work[Batch]):
 
     def __init__(self, shardset: ShardSet, view: View, micro_batch: int) -> None:
         self.shardset, self.view, self.micro_batch = shardset, view, micro_batch
-        self.reader = ShardReader(shardset)
+        self.reader = ShardReader(shardset, max_open=2)  # it goes through them in order
         self.starts = np.cumsum([0, *shardset.sizes])
 
     def __len__(self) -> int:
@@ -185,7 +214,7 @@ class _WholeBatches(Work[Batch]):
         for position in range(first, min(first + self.micro_batch, self.shardset.num_samples)):
             shard = int(np.searchsorted(self.starts, position, side="right")) - 1
             index = position - int(self.starts[shard])
-            self.board.begin(self.reader.number(shard, index))
+            self.board.begin(self.reader.number(shard, index), fetching=self.shardset.mirror is not None)
             where = self.reader.where(shard, index)
             self.board.begin(where)
             sample = self.reader.read(shard, index)

@@ -26,7 +26,7 @@ from pvtcap.errors import ConfigError, TrainError
 from pvtcap.ledger import Ledger
 from pvtcap.monitor import Monitor, StepStats
 from pvtcap.shardset import ShardSet
-from pvtcap.sources import Sources
+from pvtcap.sources import Sources, open_shardset
 from pvtcap.stream import BadSample, Batch, View, train_batches, whole_batches
 from pvtcap.text import CaptionTokenizer
 
@@ -176,7 +176,7 @@ def prepare(config: Config, world: World, resume: str) -> Job:
     plan = world.on_first_rank(lambda: batch_plan(config.data, world.size))
     sources = world.on_first_rank(lambda: Sources.open(config.data))
     world.on_first_rank(lambda: sources.order(config.data, config.run.seed) and None)  # are the weights possible?
-    val = world.on_first_rank(lambda: ShardSet.open(Path(config.data.val)) if config.data.val else None)
+    val = world.on_first_rank(lambda: open_shardset(config.data.val, config.data) if config.data.val else None)
     total_steps = world.on_first_rank(lambda: length(config, sources.num_samples))
     resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
     if resumed is not None:
