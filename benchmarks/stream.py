@@ -1,0 +1,324 @@
+"""How fast do training batches come, and how soon? python benchmarks/stream.py --coco DIR [--flickr8k DIR] [--streaming VENV]
+
+The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
+
+    pixels      pvtcap's own decoding functions over photos in memory; nothing is read or sent. The limit.
+    pillow      Pillow alone over photos in memory: decode, crop, resize
+    pvtcap      train_batches over a ShardSet; it packs the captions, too
+    webdataset  the same tars as open_clip reads them: PIL images, torchvision's RandomResizedCrop, ToTensor, Normalize
+    streaming   mosaicml-streaming over its own MDS files with the same JPEGs and the same transforms as webdataset
+
+each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what a
+core gives. As other work may share the CPU, photos are counted by CPU second, too (process and workers; start and the
+first batches left out): medians of --repeat runs, which take turns. Then the time from having imported everything to the
+first batch, at the start and when going on after 90 % of an epoch: webdataset reads again what came before, with
+decoding (as a plain loop does) or without.
+
+streaming wants an older NumPy; give it an environment that looks for torch where ours is:
+
+    python3 -m venv VENV && VENV/bin/pip install --no-deps mosaicml-streaming
+    VENV/bin/pip install 'numpy<2.2' 'transformers<5' 'matplotlib<4' 'google-cloud-storage<3.3' 'paramiko<4' boto3 \
+        Brotli python-snappy tqdm xxhash zstd catalogue oci azure-storage-blob azure-storage-file-datalake azure-identity
+    python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > VENV/lib/python3.*/site-packages/zz_torch.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SIDE_PX, BATCH, MIN_AREA, WARM_UP = 384, 32, 0.5, 4
+SUBJECTS = ("a dog", "two people at a table", "a red bus", "the sea", "some food on a plate")
+Batches = Iterator[Any]
+
+
+def pvtcap(folder: Path, workers: int, first: int) -> Batches:
+    """All that this file uses of pvtcap's stream."""
+    from pvtcap.config import DataConfig, batch_plan
+    from pvtcap.dist import World
+    from pvtcap.shardset import ShardSet
+    from pvtcap.stream import View, train_batches
+    from pvtcap.text import CaptionTokenizer
+
+    shardset = ShardSet.open(folder / "shards")
+    data = DataConfig(global_batch=BATCH, image_px=SIDE_PX, crop_min_area=MIN_AREA, workers=workers)
+    tokenizer = CaptionTokenizer(json.loads((folder / "vocab.json").read_text()))
+    view = View(shardset, data, tokenizer, max_tokens=40)
+    return train_batches(view, batch_plan(data, 1), World.alone("cpu"), seed=0, first_step=first)
+
+
+def photos_in_memory(folder: Path, first: int) -> Iterator[bytes]:
+    photos = [path.read_bytes() for path in sorted((folder / "photos").iterdir())[: BATCH * 32]]
+    return itertools.islice(itertools.cycle(photos), first * BATCH, None)
+
+
+def by_pixels(folder: Path, workers: int, first: int) -> Batches:
+    from pvtcap import pixels
+
+    photos, draw = photos_in_memory(folder, first), np.random.default_rng(0)
+    while True:
+        chosen = itertools.islice(photos, BATCH)
+        yield pixels.stacked([pixels.augmented(raw, "", SIDE_PX, MIN_AREA, 0.5, draw) for raw in chosen])
+
+
+def by_pillow(folder: Path, workers: int, first: int) -> Batches:
+    photos, draw = photos_in_memory(folder, first), np.random.default_rng(0)
+    while True:
+        batch = np.empty((BATCH, SIDE_PX, SIDE_PX, 3), np.uint8)
+        for place, raw in zip(batch, photos, strict=False):
+            with Image.open(io.BytesIO(raw)) as image:
+                photo = image.convert("RGB")
+            area, top, left, flip = draw.random(4)
+            share = (MIN_AREA + (1 - MIN_AREA) * area) ** 0.5
+            width, height = round(photo.width * share), round(photo.height * share)
+            x, y = round(left * (photo.width - width)), round(top * (photo.height - height))
+            photo = photo.crop((x, y, x + width, y + height)).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+            place[:] = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else photo
+        yield torch.from_numpy(batch)
+
+
+def transform() -> Callable[[Image.Image], torch.Tensor]:
+    """As open_clip prepares photos for training."""
+    from torchvision import transforms as t
+
+    crop = t.RandomResizedCrop(SIDE_PX, scale=(MIN_AREA, 1.0), interpolation=t.InterpolationMode.BICUBIC)
+    normalize = t.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    return t.Compose([crop, to_rgb, t.RandomHorizontalFlip(), t.ToTensor(), normalize])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def webdataset(folder: Path, workers: int, first: int, decode_again: bool = True) -> Batches:
+    import webdataset as wds
+
+    tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
+    skipped = 0 if decode_again else first * BATCH
+    stages = [
+        wds.SimpleShardList(tars),
+        wds.shuffle(100),
+        wds.split_by_worker,
+        wds.tarfile_to_samples(),
+        wds.shuffle(1000),
+        lambda samples: itertools.islice(samples, skipped, None),
+        wds.decode("pilrgb"),
+        wds.to_tuple("jpg", "json"),
+        wds.map_tuple(transform(), None),
+        wds.batched(BATCH, partial=False),
+    ]
+    dataset = wds.DataPipeline(*stages).repeat()
+    batches = iter(wds.WebLoader(dataset, batch_size=None, num_workers=workers))
+    return itertools.islice(batches, first if decode_again else 0, None)
+
+
+def webdataset_reading(folder: Path, workers: int, first: int) -> Batches:
+    return webdataset(folder, workers, first, decode_again=False)
+
+
+def streaming(folder: Path, workers: int, first: int) -> Batches:
+    from streaming import StreamingDataset
+
+    prepare = transform()
+
+    class Photos(StreamingDataset):
+        def __getitem__(self, number: int) -> Any:
+            sample = super().__getitem__(number)
+            return prepare(sample["image"]), sample["captions"]
+
+    dataset = Photos(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
+    loader = torch.utils.data.DataLoader(dataset, BATCH, num_workers=workers, drop_last=True)
+    return itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), first, None)
+
+
+WAYS = {
+    "pixels": by_pixels,
+    "pillow": by_pillow,
+    "pvtcap": pvtcap,
+    "webdataset": webdataset,
+    "webdataset, without decoding": webdataset_reading,
+    "streaming": streaming,
+}
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of all that it started and that still run."""
+    process = psutil.Process()
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def measure(way: str, folder: Path, workers: int, first: int, num_batches: int) -> dict[str, float]:
+    """Run by a process of its own: seconds to the first batch, then photos by second and by CPU second."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    next(by_pillow(folder, 0, 0))  # imports and warms what all of them use
+    for name in {"pvtcap": ["pvtcap.stream"], "pixels": [], "pillow": [], "streaming": ["streaming"]}.get(
+        way, ["webdataset", "torchvision"]
+    ):
+        __import__(name)
+    started = time.perf_counter()
+    batches = WAYS[way](folder, workers, first)
+    next(batches)
+    found = {"first_batch_s": time.perf_counter() - started}
+    if num_batches:
+        for _ in itertools.islice(batches, WARM_UP):
+            pass
+        started, cpu = time.perf_counter(), cpu_s()
+        for _ in itertools.islice(batches, num_batches):
+            pass
+        found["photos_per_s"] = BATCH * num_batches / (time.perf_counter() - started)
+        found["photos_per_cpu_s"] = BATCH * num_batches / (cpu_s() - cpu)
+    return found
+
+
+def run(*words: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def build(name: str, args: argparse.Namespace, folder: Path) -> int:
+    """Write shards/, the same photos/ as files, vocab.json and, for streaming, mds/; gives the number of photos."""
+    from pvtcap.shardset import ShardSet
+    from pvtcap.text import CaptionTokenizer
+
+    command = [sys.executable, "-m", "pvtcap", "shards"]
+    options = ["--samples-per-shard", 500, "--out", folder / "shards"]
+    if name == "flickr8k":
+        texts, chosen = args.flickr8k / "Flickr8k.token.txt", args.flickr8k / "Flickr_8k.trainImages.txt"
+        run(*command, name, "--images", args.flickr8k / "images", "--captions", texts, "--list", chosen, *options)
+    else:
+        (folder / "many").mkdir(parents=True)
+        rows = ["file,caption\n"]
+        for number, photo in zip(
+            range(args.coco_photos), itertools.cycle(sorted(args.coco.glob("*.jpg"))), strict=False
+        ):
+            (folder / "many" / f"{number:06d}.jpg").symlink_to(photo.resolve())
+            rows += [f"{number:06d}.jpg,a photo of {what} with number {number}\n" for what in SUBJECTS]
+        (folder / "captions.csv").write_text("".join(rows))
+        run(*command, "folder", "--images", folder / "many", "--captions", folder / "captions.csv", *options)
+    shardset = ShardSet.open(folder / "shards")
+    vocab = CaptionTokenizer.train(itertools.chain.from_iterable(shardset.captions()), 2000).vocab
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "photos").mkdir()
+    for tar in sorted((folder / "shards").glob("*.tar")):
+        run("tar", "xf", tar, "-C", folder / "photos", "--wildcards", "*.jpg")
+    if args.streaming is not None:
+        run(args.streaming / "bin" / "python", __file__, "--write-mds", folder)
+    return shardset.num_samples
+
+
+def write_mds(folder: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder / "mds"), columns={"image": "jpeg", "captions": "str"}) as writer:
+        for path in sorted((folder / "photos").iterdir()):
+            with Image.open(path) as image:  # a JPEG that nobody has read yet is stored byte for byte
+                writer.write({"image": image, "captions": "five captions"})
+
+
+def report(title: str, runs: dict[str, list[dict[str, float]]], resumed: dict[str, list[dict[str, float]]]) -> Any:
+    from rich.console import Console
+    from rich.table import Table
+
+    rates = {
+        way: {key: statistics.median(each[key] for each in of_way) for key in of_way[0]} for way, of_way in runs.items()
+    }
+    for way, of_way in resumed.items():
+        rates.setdefault(way, {})["resume_s"] = statistics.median(each["first_batch_s"] for each in of_way)
+    table = Table(title=title)
+    columns = ("", "photos a CPU second", "pvtcap to it", "photos/s", "first batch, s", "after 90 %, s", "it to pvtcap")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    ours = rates["pvtcap"]
+    for way, rate in rates.items():
+        cells = [f"{rate[key]:,.0f}" if key in rate else "" for key in ("photos_per_cpu_s", "photos_per_s")]
+        if "photos_per_cpu_s" in rate:
+            cells.insert(1, f"{ours['photos_per_cpu_s'] / rate['photos_per_cpu_s']:.2f}")
+        else:
+            cells.insert(1, "")
+        cells += [f"{rate[key]:.3f}" if key in rate else "" for key in ("first_batch_s", "resume_s")]
+        cells.append(f"{rate['resume_s'] / ours['resume_s']:.1f}" if "resume_s" in rate else "")
+        table.add_row(way, *cells)
+    Console().print(table)
+    return {"medians": rates, "runs": runs, "resumed": resumed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coco", type=Path, help="a folder of JPEGs, used again and again, such as COCO's val2017")
+    parser.add_argument("--coco-photos", type=int, default=1500, help="in the epoch (default %(default)s)")
+    parser.add_argument(
+        "--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt and the list of training"
+    )
+    parser.add_argument("--streaming", type=Path, metavar="VENV", help="environment with mosaicml-streaming; see above")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="of pvtcap, webdataset and streaming (default 1; 0: none)"
+    )
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--num-batches", type=int, default=24, help="timed in a run (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one run of eight batches each, 200 photos of COCO's")
+    parser.add_argument("--write-mds", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.write_mds is not None:
+        return write_mds(args.write_mds)
+    if args.measure is not None:
+        way, folder, *numbers = args.measure
+        print(json.dumps(measure(way, Path(folder), *map(int, numbers))))
+        sys.stdout.flush()
+        os._exit(0)  # loaders that are still running ahead would take seconds to stop
+    if args.quick:
+        args.repeat, args.num_batches, args.coco_photos = 1, 8, 200
+    content: dict[str, Any] = {"workers": args.workers, "batch": BATCH, "side_px": SIDE_PX, "cpus": os.cpu_count()}
+    for name in ("flickr8k", "coco"):
+        if getattr(args, name) is None:
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            content[name] = compare(name, args, Path(temporary))
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"stream_workers{args.workers}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return None
+
+
+def compare(name: str, args: argparse.Namespace, folder: Path) -> Any:
+    num_photos = build(name, args, folder)
+    late = int(0.9 * num_photos / BATCH)
+    runs: dict[str, list[dict[str, float]]] = {}
+    resumed: dict[str, list[dict[str, float]]] = {}
+    for _ in range(args.repeat):
+        for way in WAYS:
+            if way == "streaming" and args.streaming is None:
+                continue
+            python = sys.executable if way != "streaming" else args.streaming / "bin" / "python"
+            command = [python, __file__, "--measure", way, folder, args.workers]
+            if way != "webdataset, without decoding":
+                runs.setdefault(way, []).append(json.loads(run(*command, 0, args.num_batches).splitlines()[-1]))
+            if way in ("pvtcap", "webdataset", "webdataset, without decoding"):
+                resumed.setdefault(way, []).append(json.loads(run(*command, late, 0).splitlines()[-1]))
+    return report(f"{num_photos:,} photos of {name}, {args.workers} workers", runs, resumed)
+
+
+if __name__ == "__main__":
+    main()
