@@ -1,30 +1,31 @@
-"""How fast do training batches come, and how soon? python benchmarks/stream.py --coco DIR [--flickr8k DIR] [--streaming VENV]
+"""How fast do training batches come, and how soon? python benchmarks/stream.py --coco DIR --flickr8k DIR
 
 The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
 
     pixels      pvtcap's own decoding functions over photos in memory; nothing is read or sent. The limit.
     pillow      Pillow alone over photos in memory: decode, crop, resize
-    pvtcap      train_batches over a ShardSet; it packs the captions, too
+    pvtcap      train_batches over a ShardSet; it packs five captions a photo, too
     webdataset  the same tars as open_clip reads them: PIL images, torchvision's RandomResizedCrop, ToTensor, Normalize
-    streaming   mosaicml-streaming over its own MDS files with the same JPEGs and the same transforms as webdataset
+    streaming   mosaicml-streaming over its own MDS files with the same JPEGs and the transforms of webdataset
 
-each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what a
-core gives. As other work may share the CPU, photos are counted by CPU second, too (process and workers; start and the
-first batches left out): medians of --repeat runs, which take turns. Then the time from having imported everything to the
-first batch, at the start and when going on after 90 % of an epoch: webdataset reads again what came before, with
-decoding (as a plain loop does) or without.
+each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what
+a core gives. As other work may share that CPU, photos are counted by CPU second, too (process and workers; start and
+first batches left out): medians of --repeat runs, which take turns. Then the seconds to the first batch, imports left
+out: at the start, and (once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again
+what came before: with decoding, as a plain loop does, or ("reading") without.
 
-streaming wants an older NumPy; give it an environment that looks for torch where ours is:
+streaming (--streaming VENV) wants an older NumPy; give it an environment that looks for torch where ours is:
 
     python3 -m venv VENV && VENV/bin/pip install --no-deps mosaicml-streaming
-    VENV/bin/pip install 'numpy<2.2' 'transformers<5' 'matplotlib<4' 'google-cloud-storage<3.3' 'paramiko<4' boto3 \
-        Brotli python-snappy tqdm xxhash zstd catalogue oci azure-storage-blob azure-storage-file-datalake azure-identity
+    VENV/bin/pip install 'numpy<2.2' 'transformers<5' 'matplotlib<4' 'google-cloud-storage<3.3' 'paramiko<4' boto3 oci \
+        Brotli python-snappy tqdm xxhash zstd catalogue azure-storage-blob azure-storage-file-datalake azure-identity
     python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > VENV/lib/python3.*/site-packages/zz_torch.pth
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import itertools
 import json
@@ -42,6 +43,8 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 SIDE_PX, BATCH, MIN_AREA, WARM_UP = 384, 32, 0.5, 4
@@ -107,30 +110,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def webdataset(folder: Path, workers: int, first: int, decode_again: bool = True) -> Batches:
+def webdataset(folder: Path, workers: int, first: int, skip_undecoded: bool = False) -> Batches:
     import webdataset as wds
 
-    tars = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
-    skipped = 0 if decode_again else first * BATCH
-    stages = [
-        wds.SimpleShardList(tars),
+    start = first * BATCH if skip_undecoded else 0
+    dataset = wds.DataPipeline(
+        wds.SimpleShardList(sorted(str(path) for path in (folder / "shards").glob("*.tar"))),
         wds.shuffle(100),
         wds.split_by_worker,
         wds.tarfile_to_samples(),
         wds.shuffle(1000),
-        lambda samples: itertools.islice(samples, skipped, None),
+        lambda samples: itertools.islice(samples, start, None),
         wds.decode("pilrgb"),
         wds.to_tuple("jpg", "json"),
         wds.map_tuple(transform(), None),
         wds.batched(BATCH, partial=False),
-    ]
-    dataset = wds.DataPipeline(*stages).repeat()
-    batches = iter(wds.WebLoader(dataset, batch_size=None, num_workers=workers))
-    return itertools.islice(batches, first if decode_again else 0, None)
+    )
+    batches = iter(wds.WebLoader(dataset.repeat(), batch_size=None, num_workers=workers))
+    return itertools.islice(batches, 0 if skip_undecoded else first, None)
 
 
 def webdataset_reading(folder: Path, workers: int, first: int) -> Batches:
-    return webdataset(folder, workers, first, decode_again=False)
+    return webdataset(folder, workers, first, skip_undecoded=True)
 
 
 def streaming(folder: Path, workers: int, first: int) -> Batches:
@@ -144,38 +145,42 @@ def streaming(folder: Path, workers: int, first: int) -> Batches:
             return prepare(sample["image"]), sample["captions"]
 
     dataset = Photos(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
-    loader = torch.utils.data.DataLoader(dataset, BATCH, num_workers=workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        dataset, BATCH, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
     return itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), first, None)
 
 
-WAYS = {
-    "pixels": by_pixels,
-    "pillow": by_pillow,
-    "pvtcap": pvtcap,
-    "webdataset": webdataset,
-    "webdataset, without decoding": webdataset_reading,
-    "streaming": streaming,
+# With what each imports before its time begins to count.
+WAYS: dict[str, tuple[Callable[[Path, int, int], Batches], tuple[str, ...]]] = {
+    "pixels": (by_pixels, ("pvtcap.pixels",)),
+    "pillow": (by_pillow, ()),
+    "pvtcap": (pvtcap, ("pvtcap.stream",)),
+    "webdataset": (webdataset, ("webdataset", "torchvision")),
+    "webdataset, reading": (webdataset_reading, ("webdataset", "torchvision")),
+    "streaming": (streaming, ("streaming", "torchvision")),
 }
+RESUMED = ("pvtcap", "webdataset", "webdataset, reading")
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and of all that it started and that still run."""
+    """CPU seconds of this process and all that it started, those that have ended too."""
     process = psutil.Process()
-    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    own = process.cpu_times()
+    children = [child.cpu_times() for child in process.children(recursive=True)]
+    return sum(own) + sum(each.user + each.system for each in children)
 
 
 def measure(way: str, folder: Path, workers: int, first: int, num_batches: int) -> dict[str, float]:
-    """Run by a process of its own: seconds to the first batch, then photos by second and by CPU second."""
+    """Run in a process of its own: seconds to the first batch, then photos by second and by CPU second."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    next(by_pillow(folder, 0, 0))  # imports and warms what all of them use
-    for name in {"pvtcap": ["pvtcap.stream"], "pixels": [], "pillow": [], "streaming": ["streaming"]}.get(
-        way, ["webdataset", "torchvision"]
-    ):
-        __import__(name)
+    next(by_pillow(folder, 0, 0))  # what all of them use is warm
+    batches_of, modules = WAYS[way]
+    for name in modules:
+        importlib.import_module(name)
     started = time.perf_counter()
-    batches = WAYS[way](folder, workers, first)
+    batches = batches_of(folder, workers, first)
     next(batches)
     found = {"first_batch_s": time.perf_counter() - started}
     if num_batches:
@@ -208,7 +213,7 @@ def build(name: str, args: argparse.Namespace, folder: Path) -> int:
         texts, chosen = args.flickr8k / "Flickr8k.token.txt", args.flickr8k / "Flickr_8k.trainImages.txt"
         run(*command, name, "--images", args.flickr8k / "images", "--captions", texts, "--list", chosen, *options)
     else:
-        (folder / "many").mkdir(parents=True)
+        (folder / "many").mkdir()
         rows = ["file,caption\n"]
         for number, photo in zip(
             range(args.coco_photos), itertools.cycle(sorted(args.coco.glob("*.jpg"))), strict=False
@@ -237,87 +242,83 @@ def write_mds(folder: Path) -> None:
                 writer.write({"image": image, "captions": "five captions"})
 
 
-def report(title: str, runs: dict[str, list[dict[str, float]]], resumed: dict[str, list[dict[str, float]]]) -> Any:
-    from rich.console import Console
-    from rich.table import Table
+def compare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All ways in turn, --repeat times; the numbers of each run by way, and their medians."""
+    num_photos = build(name, args, folder)
+    late = int(0.9 * num_photos / BATCH)
+    runs: dict[str, dict[str, list[float]]] = {}
 
-    rates = {
-        way: {key: statistics.median(each[key] for each in of_way) for key in of_way[0]} for way, of_way in runs.items()
+    def measured(way: str, workers: int, first: int, num_batches: int, names: dict[str, str]) -> None:
+        python = args.streaming / "bin" / "python" if way == "streaming" else sys.executable
+        told = json.loads(run(python, __file__, "--measure", way, folder, workers, first, num_batches).splitlines()[-1])
+        for key, value in told.items():
+            runs.setdefault(way, {}).setdefault(names.get(key, key), []).append(value)
+
+    for turn in range(args.repeat):
+        for way in WAYS:
+            if way != "webdataset, reading" and not (way == "streaming" and args.streaming is None):
+                measured(way, args.workers, 0, args.num_batches, {})
+            if way in RESUMED and turn == 0:  # the slowest, and not close
+                measured(way, args.workers, late, 0, {"first_batch_s": "resume_s"})
+                measured(way, 0, late, 0, {"first_batch_s": "resume_without_workers_s"})
+    medians = {way: {key: statistics.median(each) for key, each in of_way.items()} for way, of_way in runs.items()}
+    print_table(f"{num_photos:,} photos of {name}; {args.workers} workers; CPU {os.cpu_count()}", medians)
+    return {"photos": num_photos, "medians": medians, "runs": runs}
+
+
+def print_table(title: str, medians: dict[str, dict[str, float]]) -> None:
+    columns = {  # the number, its name, its digits, and whether less is better
+        "photos_per_cpu_s": ("photos a CPU s", 0, False),
+        "photos_per_s": ("photos/s", 0, False),
+        "first_batch_s": ("first batch, s", 3, True),
+        "resume_s": ("after 90 %, s", 3, True),
+        "resume_without_workers_s": ("no workers, s", 3, True),
     }
-    for way, of_way in resumed.items():
-        rates.setdefault(way, {})["resume_s"] = statistics.median(each["first_batch_s"] for each in of_way)
-    table = Table(title=title)
-    columns = ("", "photos a CPU second", "pvtcap to it", "photos/s", "first batch, s", "after 90 %, s", "it to pvtcap")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
-    ours = rates["pvtcap"]
-    for way, rate in rates.items():
-        cells = [f"{rate[key]:,.0f}" if key in rate else "" for key in ("photos_per_cpu_s", "photos_per_s")]
-        if "photos_per_cpu_s" in rate:
-            cells.insert(1, f"{ours['photos_per_cpu_s'] / rate['photos_per_cpu_s']:.2f}")
-        else:
-            cells.insert(1, "")
-        cells += [f"{rate[key]:.3f}" if key in rate else "" for key in ("first_batch_s", "resume_s")]
-        cells.append(f"{rate['resume_s'] / ours['resume_s']:.1f}" if "resume_s" in rate else "")
+    table = Table("", title=title)
+    for name, _, _ in columns.values():
+        table.add_column(name, justify="right")
+        table.add_column("", justify="right")  # how many times better pvtcap is
+    for way, found in medians.items():
+        cells = []
+        for key, (_, digits, less_is_better) in columns.items():
+            ratio = medians["pvtcap"][key] / found[key] if key in found else 0.0
+            cells.append(f"{found[key]:,.{digits}f}" if key in found else "")
+            cells.append(f"{1 / ratio if less_is_better else ratio:.2f}" if ratio and way != "pvtcap" else "")
         table.add_row(way, *cells)
-    Console().print(table)
-    return {"medians": rates, "runs": runs, "resumed": resumed}
+    Console(width=120).print(table)
+    print("The second of each two columns says how many times better pvtcap is.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coco", type=Path, help="a folder of JPEGs, used again and again, such as COCO's val2017")
     parser.add_argument("--coco-photos", type=int, default=1500, help="in the epoch (default %(default)s)")
-    parser.add_argument(
-        "--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt and the list of training"
-    )
+    parser.add_argument("--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt, the list of training")
     parser.add_argument("--streaming", type=Path, metavar="VENV", help="environment with mosaicml-streaming; see above")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="of pvtcap, webdataset and streaming (default 1; 0: none)"
-    )
+    parser.add_argument("--workers", type=int, default=1, help="of pvtcap, webdataset, streaming (default 1; 0: none)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--num-batches", type=int, default=24, help="timed in a run (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one run of eight batches each, 200 photos of COCO's")
+    parser.add_argument("--quick", action="store_true", help="one run, of eight batches each")
     parser.add_argument("--write-mds", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_mds is not None:
-        return write_mds(args.write_mds)
-    if args.measure is not None:
+        write_mds(args.write_mds)
+    elif args.measure is not None:
         way, folder, *numbers = args.measure
-        print(json.dumps(measure(way, Path(folder), *map(int, numbers))))
-        sys.stdout.flush()
-        os._exit(0)  # loaders that are still running ahead would take seconds to stop
-    if args.quick:
-        args.repeat, args.num_batches, args.coco_photos = 1, 8, 200
-    content: dict[str, Any] = {"workers": args.workers, "batch": BATCH, "side_px": SIDE_PX, "cpus": os.cpu_count()}
-    for name in ("flickr8k", "coco"):
-        if getattr(args, name) is None:
-            continue
-        with tempfile.TemporaryDirectory() as temporary:
-            content[name] = compare(name, args, Path(temporary))
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"stream_workers{args.workers}.json").write_text(json.dumps(content, indent=1) + "\n")
-    return None
-
-
-def compare(name: str, args: argparse.Namespace, folder: Path) -> Any:
-    num_photos = build(name, args, folder)
-    late = int(0.9 * num_photos / BATCH)
-    runs: dict[str, list[dict[str, float]]] = {}
-    resumed: dict[str, list[dict[str, float]]] = {}
-    for _ in range(args.repeat):
-        for way in WAYS:
-            if way == "streaming" and args.streaming is None:
-                continue
-            python = sys.executable if way != "streaming" else args.streaming / "bin" / "python"
-            command = [python, __file__, "--measure", way, folder, args.workers]
-            if way != "webdataset, without decoding":
-                runs.setdefault(way, []).append(json.loads(run(*command, 0, args.num_batches).splitlines()[-1]))
-            if way in ("pvtcap", "webdataset", "webdataset, without decoding"):
-                resumed.setdefault(way, []).append(json.loads(run(*command, late, 0).splitlines()[-1]))
-    return report(f"{num_photos:,} photos of {name}, {args.workers} workers", runs, resumed)
+        print(json.dumps(measure(way, Path(folder), *map(int, numbers))), flush=True)
+        os._exit(0)  # loaders that run ahead would take seconds to stop
+    else:
+        if args.quick:
+            args.repeat, args.num_batches = 1, 8
+        content: dict[str, Any] = {"workers": args.workers, "batch": BATCH, "side_px": SIDE_PX, "cpus": os.cpu_count()}
+        for name in ("flickr8k", "coco"):
+            if getattr(args, name) is not None:
+                with tempfile.TemporaryDirectory() as temporary:
+                    content[name] = compare(name, args, Path(temporary))
+        results = ROOT / "benchmarks" / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"stream_{args.workers}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ LEVELS = [
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
     {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource"},
-    {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
+    {"text", "candidate", "encoder", "projection", "pixels", "slots", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
     {"shardfolder", "buildreport"},
     {"shardwriter", "shardverify", "stream", "decoder"},
