@@ -262,7 +262,7 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
                 measured(way, args.workers, late, 0, {"first_batch_s": "resume_s"})
                 measured(way, 0, late, 0, {"first_batch_s": "resume_without_workers_s"})
     medians = {way: {key: statistics.median(each) for key, each in of_way.items()} for way, of_way in runs.items()}
-    print_table(f"{num_photos:,} photos of {name}; {args.workers} workers; CPU {os.cpu_count()}", medians)
+    print_table(f"{num_photos:,} photos of {name}; workers: {args.workers}", medians)
     return {"photos": num_photos, "medians": medians, "runs": runs}
 
 
