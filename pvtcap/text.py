@@ -114,7 +114,7 @@ class CaptionTokenizer:
         return text.replace(" ' ", "'")
 
     def _ids(self, text: str) -> list[int]:
-        # Captions are mostly the same few thousand words: looking their pieces up is five times as quick as finding them.
+        # Captions are mostly the same few thousand words: looking their pieces up is quicker by far.
         # In printable ASCII, words are what BERT's rules make of it: letters and digits, or one sign.
         if not (text.isascii() and text.isprintable()):
             return self._encoded(text)
