@@ -56,15 +56,15 @@ def pvtcap(folder: Path, workers: int, first: int) -> Batches:
     """All that this file uses of pvtcap's stream."""
     from pvtcap.config import DataConfig, batch_plan
     from pvtcap.dist import World
-    from pvtcap.shardset import ShardSet
+    from pvtcap.sources import Sources
     from pvtcap.stream import View, train_batches
     from pvtcap.text import CaptionTokenizer
 
-    shardset = ShardSet.open(folder / "shards")
-    data = DataConfig(global_batch=BATCH, image_px=SIDE_PX, crop_min_area=MIN_AREA, workers=workers)
-    tokenizer = CaptionTokenizer(json.loads((folder / "vocab.json").read_text()))
-    view = View(shardset, data, tokenizer, max_tokens=40)
-    return train_batches(view, batch_plan(data, 1), World.alone("cpu"), seed=0, first_step=first)
+    train = str(folder / "shards")
+    data = DataConfig(train=train, global_batch=BATCH, image_px=SIDE_PX, crop_min_area=MIN_AREA, workers=workers)
+    view = View(data, CaptionTokenizer(json.loads((folder / "vocab.json").read_text())), max_tokens=40)
+    plan, world = batch_plan(data, 1), World.alone("cpu")
+    return train_batches(Sources.open(data), view, plan, world, seed=0, first_step=first)
 
 
 def photos_in_memory(folder: Path, first: int) -> Iterator[bytes]:

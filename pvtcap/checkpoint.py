@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 
 from pvtcap import __version__, weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import BatchPlan, Config, parse
+from pvtcap.config import BatchPlan, Config
+from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import Engine
 from pvtcap.errors import CheckpointError, PvtcapError
 from pvtcap.shardset import MANIFEST, parse_json, sha256_file, write_json
+from pvtcap.sources import TrainedOn
 from pvtcap.text import CaptionTokenizer
 
 FORMAT = "pvtcap-checkpoint/1"
@@ -44,7 +46,7 @@ class CheckpointManifest(BaseModel):
     num_samples_seen: NonNegativeInt
     world_size: PositiveInt
     global_batch: PositiveInt
-    train_samples: PositiveInt
+    train_data: list[TrainedOn]
     config: dict[str, Any]
     encoder: str
     encoder_sha256: str | None
@@ -143,7 +145,7 @@ def save(
     world: World,
     *,
     step: int,
-    train_samples: int,
+    train_data: list[TrainedOn],
     encoder_sha256: str | None,
 ) -> Path:
     """Write a checkpoint (collective); returns its folder. Until it is whole it has another name."""
@@ -169,7 +171,7 @@ def save(
             num_samples_seen=step * plan.global_batch,
             world_size=world.size,
             global_batch=plan.global_batch,
-            train_samples=train_samples,
+            train_data=train_data,
             config=config.model_dump(mode="json"),
             encoder=config.model.encoder,
             encoder_sha256=encoder_sha256,
@@ -203,7 +205,7 @@ def find_resume(config: Config, resume: str) -> Checkpoint | None:
     return None if newest is None else Checkpoint.open(newest)
 
 
-def check_resumable(checkpoint: Checkpoint, config: Config, world: World, train_samples: int) -> None:
+def check_resumable(checkpoint: Checkpoint, config: Config, world: World, train_data: list[TrainedOn]) -> None:
     """CheckpointError where going on would silently be another run: another model, data, batch, world or ZeRO stage."""
     manifest, was = checkpoint.manifest, checkpoint.config
     pairs = {
@@ -214,7 +216,10 @@ def check_resumable(checkpoint: Checkpoint, config: Config, world: World, train_
         "precision": (was.precision, config.precision),
         "zero.stage": (was.zero.stage, config.zero.stage),
         "data.global_batch": (was.data.global_batch, config.data.global_batch),
-        "number of training samples": (manifest.train_samples, train_samples),
+        "the training data": (_named(manifest.train_data), _named(train_data)),
+        "the sources' weights": ([s.weight for s in was.data.train], [s.weight for s in config.data.train]),
+        "data.lanes": (was.data.lanes, config.data.lanes),
+        "data.shuffle_window_shards": (was.data.shuffle_window_shards, config.data.shuffle_window_shards),
         "number of ranks": (manifest.world_size, world.size),
     }
     for key, (before, now) in pairs.items():
@@ -244,6 +249,10 @@ def _empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+
+
+def _named(train_data: list[TrainedOn]) -> str:
+    return ", ".join(f"{of.name} ({of.num_samples:,} photos, manifest {of.manifest_sha256[:12]}…)" for of in train_data)
 
 
 def _changed_fields(before: object, now: object) -> tuple[object, object]:

@@ -14,7 +14,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from pvtcap import weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import TextConfig, parse
+from pvtcap.config import TextConfig
+from pvtcap.configfile import parse
 from pvtcap.errors import CheckpointError, ConfigError, PvtcapError
 
 VOCAB = 60
