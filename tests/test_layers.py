@@ -15,11 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots"},
+    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock"},
+    {"shardcache"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
+    {"readahead", "config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource", "configfile"},
-    {"text", "candidate", "encoder", "projection", "pixels", "slots", "infotable", "infopictures", "fetch"},
+    {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download", "sources", "loader"},
     {"shardfolder", "buildreport"},
     {"shardwriter", "shardverify", "stream", "decoder"},
