@@ -15,10 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock"},
-    {"shardcache"},
+    {"shardformat", "processes", "distribution", "addresses", "robots"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"readahead", "config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
+    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource", "configfile"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download", "sources", "loader"},
