@@ -8,6 +8,7 @@ made from the segments in ``decoder``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from pvtcap.errors import ConfigError
 IGNORE = -100  # torch's cross_entropy leaves this label out; here: prompt and padding
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _BLIP_TOKENS = ["[DEC]", "[ENC]"]
+_WORDS = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
+_MOST_KNOWN = 100_000  # words remembered: a bound on memory, far above the words of COCO's captions
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class CaptionTokenizer:
         self.size = len(ids)
         self._tokenizer = _bert_pipeline(Tokenizer(WordPiece(ids, unk_token="[UNK]")))
         self._special = {ids[token] for token in [*_SPECIAL, *_BLIP_TOKENS] if token in ids}
+        self._known: dict[str, list[int]] = {}  # pieces of words
         self.prefix = [self.begin_id, *self._ids(prompt)]
 
     @classmethod
@@ -110,6 +114,20 @@ class CaptionTokenizer:
         return text.replace(" ' ", "'")
 
     def _ids(self, text: str) -> list[int]:
+        # Captions are mostly the same few thousand words: looking their pieces up is quicker by far.
+        # In printable ASCII, words are what BERT's rules make of it: letters and digits, or one sign.
+        if not (text.isascii() and text.isprintable()):
+            return self._encoded(text)
+        return [piece for word in _WORDS.findall(text.lower()) for piece in self._pieces(word)]
+
+    def _pieces(self, word: str) -> list[int]:
+        if (pieces := self._known.get(word)) is None:
+            pieces = self._encoded(word)
+            if len(self._known) < _MOST_KNOWN:
+                self._known[word] = pieces
+        return pieces
+
+    def _encoded(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
@@ -118,8 +136,11 @@ def pad_rows(rows: Sequence[PackedRow], pad_id: int) -> PackedRow:
     longest = max(len(row.tokens) for row in rows)
 
     def stack(name: str, fill: int) -> NDArray[np.int64]:
-        columns = [getattr(row, name) for row in rows]
-        return np.stack([np.pad(column, (0, longest - len(column)), constant_values=fill) for column in columns])
+        stacked = np.full((len(rows), longest), fill, dtype=np.int64)
+        for place, row in zip(stacked, rows, strict=True):
+            column = getattr(row, name)
+            place[: len(column)] = column
+        return stacked
 
     return PackedRow(stack("tokens", pad_id), stack("labels", IGNORE), stack("positions", 0), stack("segments", -1))
 

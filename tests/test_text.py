@@ -76,6 +76,14 @@ def test_a_file_that_is_not_a_vocabulary(tmp_path: Path) -> None:
         CaptionTokenizer.from_file(tmp_path / "none.txt")
 
 
+@given(st.text(st.characters(max_codepoint=0x17F), max_size=40) | st.text("catsdog'.-_ ", max_size=40))
+def test_words_that_are_remembered_have_the_pieces_that_the_whole_caption_gives_them(text: str) -> None:
+    tokenizer = CaptionTokenizer(VOCAB)
+    expected = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    for _ in ("found", "remembered"):
+        assert tokenizer.pack([text], 99).tokens.tolist() == [tokenizer.begin_id, *expected]
+
+
 @pytest.mark.skipif(not BERT.is_dir(), reason="shared/data/blip is not here")
 def test_ids_are_those_of_berts_own_tokenizer_and_blips() -> None:
     from transformers import BertTokenizer

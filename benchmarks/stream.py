@@ -1,0 +1,325 @@
+"""How fast do training batches come, and how soon? python benchmarks/stream.py --coco DIR --flickr8k DIR
+
+The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
+
+    pixels      pvtcap's own decoding functions over photos in memory; nothing is read or sent. The limit.
+    pillow      Pillow alone over photos in memory: decode, crop, resize
+    pvtcap      train_batches over a ShardSet; it packs five captions a photo, too
+    webdataset  the same tars as open_clip reads them: PIL images, torchvision's RandomResizedCrop, ToTensor, Normalize
+    streaming   mosaicml-streaming over its own MDS files with the same JPEGs and the transforms of webdataset
+
+each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what
+a core gives. As other work may share that CPU, photos are counted by CPU second, too (process and workers; start and
+first batches left out): medians of --repeat runs, which take turns. Then the seconds to the first batch, imports left
+out: at the start, and (once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again
+what came before: with decoding, as a plain loop does, or ("reading") without.
+
+streaming (--streaming VENV) wants an older NumPy; give it an environment that looks for torch where ours is:
+
+    python3 -m venv VENV && VENV/bin/pip install --no-deps mosaicml-streaming
+    VENV/bin/pip install 'numpy<2.2' 'transformers<5' 'matplotlib<4' 'google-cloud-storage<3.3' 'paramiko<4' boto3 oci \
+        Brotli python-snappy tqdm xxhash zstd catalogue azure-storage-blob azure-storage-file-datalake azure-identity
+    python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > VENV/lib/python3.*/site-packages/zz_torch.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+SIDE_PX, BATCH, MIN_AREA, WARM_UP = 384, 32, 0.5, 4
+SUBJECTS = ("a dog", "two people at a table", "a red bus", "the sea", "some food on a plate")
+Batches = Iterator[Any]
+
+
+def pvtcap(folder: Path, workers: int, first: int) -> Batches:
+    """All that this file uses of pvtcap's stream."""
+    from pvtcap.config import DataConfig, batch_plan
+    from pvtcap.dist import World
+    from pvtcap.sources import Sources
+    from pvtcap.stream import View, train_batches
+    from pvtcap.text import CaptionTokenizer
+
+    train = str(folder / "shards")
+    data = DataConfig(train=train, global_batch=BATCH, image_px=SIDE_PX, crop_min_area=MIN_AREA, workers=workers)
+    view = View(data, CaptionTokenizer(json.loads((folder / "vocab.json").read_text())), max_tokens=40)
+    plan, world = batch_plan(data, 1), World.alone("cpu")
+    return train_batches(Sources.open(data), view, plan, world, seed=0, first_step=first)
+
+
+def photos_in_memory(folder: Path, first: int) -> Iterator[bytes]:
+    photos = [path.read_bytes() for path in sorted((folder / "photos").iterdir())[: BATCH * 32]]
+    return itertools.islice(itertools.cycle(photos), first * BATCH, None)
+
+
+def by_pixels(folder: Path, workers: int, first: int) -> Batches:
+    from pvtcap import pixels
+
+    photos, draw = photos_in_memory(folder, first), np.random.default_rng(0)
+    while True:
+        chosen = itertools.islice(photos, BATCH)
+        yield pixels.stacked([pixels.augmented(raw, "", SIDE_PX, MIN_AREA, 0.5, draw) for raw in chosen])
+
+
+def by_pillow(folder: Path, workers: int, first: int) -> Batches:
+    photos, draw = photos_in_memory(folder, first), np.random.default_rng(0)
+    while True:
+        batch = np.empty((BATCH, SIDE_PX, SIDE_PX, 3), np.uint8)
+        for place, raw in zip(batch, photos, strict=False):
+            with Image.open(io.BytesIO(raw)) as image:
+                photo = image.convert("RGB")
+            area, top, left, flip = draw.random(4)
+            share = (MIN_AREA + (1 - MIN_AREA) * area) ** 0.5
+            width, height = round(photo.width * share), round(photo.height * share)
+            x, y = round(left * (photo.width - width)), round(top * (photo.height - height))
+            photo = photo.crop((x, y, x + width, y + height)).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+            place[:] = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else photo
+        yield torch.from_numpy(batch)
+
+
+def transform() -> Callable[[Image.Image], torch.Tensor]:
+    """As open_clip prepares photos for training."""
+    from torchvision import transforms as t
+
+    crop = t.RandomResizedCrop(SIDE_PX, scale=(MIN_AREA, 1.0), interpolation=t.InterpolationMode.BICUBIC)
+    normalize = t.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    return t.Compose([crop, to_rgb, t.RandomHorizontalFlip(), t.ToTensor(), normalize])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def webdataset(folder: Path, workers: int, first: int, skip_undecoded: bool = False) -> Batches:
+    import webdataset as wds
+
+    start = first * BATCH if skip_undecoded else 0
+    dataset = wds.DataPipeline(
+        wds.SimpleShardList(sorted(str(path) for path in (folder / "shards").glob("*.tar"))),
+        wds.shuffle(100),
+        wds.split_by_worker,
+        wds.tarfile_to_samples(),
+        wds.shuffle(1000),
+        lambda samples: itertools.islice(samples, start, None),
+        wds.decode("pilrgb"),
+        wds.to_tuple("jpg", "json"),
+        wds.map_tuple(transform(), None),
+        wds.batched(BATCH, partial=False),
+    )
+    batches = iter(wds.WebLoader(dataset.repeat(), batch_size=None, num_workers=workers))
+    return itertools.islice(batches, 0 if skip_undecoded else first, None)
+
+
+def webdataset_reading(folder: Path, workers: int, first: int) -> Batches:
+    return webdataset(folder, workers, first, skip_undecoded=True)
+
+
+def streaming(folder: Path, workers: int, first: int) -> Batches:
+    from streaming import StreamingDataset
+
+    prepare = transform()
+
+    class Photos(StreamingDataset):
+        def __getitem__(self, number: int) -> Any:
+            sample = super().__getitem__(number)
+            return prepare(sample["image"]), sample["captions"]
+
+    dataset = Photos(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
+    loader = torch.utils.data.DataLoader(
+        dataset, BATCH, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
+    return itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), first, None)
+
+
+# With what each imports before its time begins to count.
+WAYS: dict[str, tuple[Callable[[Path, int, int], Batches], tuple[str, ...]]] = {
+    "pixels": (by_pixels, ("pvtcap.pixels",)),
+    "pillow": (by_pillow, ()),
+    "pvtcap": (pvtcap, ("pvtcap.stream",)),
+    "webdataset": (webdataset, ("webdataset", "torchvision")),
+    "webdataset, reading": (webdataset_reading, ("webdataset", "torchvision")),
+    "streaming": (streaming, ("streaming", "torchvision")),
+}
+RESUMED = ("pvtcap", "webdataset", "webdataset, reading")
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and all that it started, those that have ended too."""
+    process = psutil.Process()
+    own = process.cpu_times()
+    children = [child.cpu_times() for child in process.children(recursive=True)]
+    return sum(own) + sum(each.user + each.system for each in children)
+
+
+def measure(way: str, folder: Path, workers: int, first: int, num_batches: int) -> dict[str, float]:
+    """Run in a process of its own: seconds to the first batch, then photos by second and by CPU second."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    next(by_pillow(folder, 0, 0))  # what all of them use is warm
+    batches_of, modules = WAYS[way]
+    for name in modules:
+        importlib.import_module(name)
+    started = time.perf_counter()
+    batches = batches_of(folder, workers, first)
+    next(batches)
+    found = {"first_batch_s": time.perf_counter() - started}
+    if num_batches:
+        for _ in itertools.islice(batches, WARM_UP):
+            pass
+        started, cpu = time.perf_counter(), cpu_s()
+        for _ in itertools.islice(batches, num_batches):
+            pass
+        found["photos_per_s"] = BATCH * num_batches / (time.perf_counter() - started)
+        found["photos_per_cpu_s"] = BATCH * num_batches / (cpu_s() - cpu)
+    return found
+
+
+def run(*words: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def build(name: str, args: argparse.Namespace, folder: Path) -> int:
+    """Write shards/, the same photos/ as files, vocab.json and, for streaming, mds/; gives the number of photos."""
+    from pvtcap.shardset import ShardSet
+    from pvtcap.text import CaptionTokenizer
+
+    command = [sys.executable, "-m", "pvtcap", "shards"]
+    options = ["--samples-per-shard", 500, "--out", folder / "shards"]
+    if name == "flickr8k":
+        texts, chosen = args.flickr8k / "Flickr8k.token.txt", args.flickr8k / "Flickr_8k.trainImages.txt"
+        run(*command, name, "--images", args.flickr8k / "images", "--captions", texts, "--list", chosen, *options)
+    else:
+        (folder / "many").mkdir()
+        rows = ["file,caption\n"]
+        for number, photo in zip(
+            range(args.coco_photos), itertools.cycle(sorted(args.coco.glob("*.jpg"))), strict=False
+        ):
+            (folder / "many" / f"{number:06d}.jpg").symlink_to(photo.resolve())
+            rows += [f"{number:06d}.jpg,a photo of {what} with number {number}\n" for what in SUBJECTS]
+        (folder / "captions.csv").write_text("".join(rows))
+        run(*command, "folder", "--images", folder / "many", "--captions", folder / "captions.csv", *options)
+    shardset = ShardSet.open(folder / "shards")
+    vocab = CaptionTokenizer.train(itertools.chain.from_iterable(shardset.captions()), 2000).vocab
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "photos").mkdir()
+    for tar in sorted((folder / "shards").glob("*.tar")):
+        run("tar", "xf", tar, "-C", folder / "photos", "--wildcards", "*.jpg")
+    if args.streaming is not None:
+        run(args.streaming / "bin" / "python", __file__, "--write-mds", folder)
+    return shardset.num_samples
+
+
+def write_mds(folder: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder / "mds"), columns={"image": "jpeg", "captions": "str"}) as writer:
+        for path in sorted((folder / "photos").iterdir()):
+            with Image.open(path) as image:  # a JPEG that nobody has read yet is stored byte for byte
+                writer.write({"image": image, "captions": "five captions"})
+
+
+def compare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All ways in turn, --repeat times; the numbers of each run by way, and their medians."""
+    num_photos = build(name, args, folder)
+    late = int(0.9 * num_photos / BATCH)
+    runs: dict[str, dict[str, list[float]]] = {}
+
+    def measured(way: str, workers: int, first: int, num_batches: int, names: dict[str, str]) -> None:
+        python = args.streaming / "bin" / "python" if way == "streaming" else sys.executable
+        told = json.loads(run(python, __file__, "--measure", way, folder, workers, first, num_batches).splitlines()[-1])
+        for key, value in told.items():
+            runs.setdefault(way, {}).setdefault(names.get(key, key), []).append(value)
+
+    for turn in range(args.repeat):
+        for way in WAYS:
+            if way != "webdataset, reading" and not (way == "streaming" and args.streaming is None):
+                measured(way, args.workers, 0, args.num_batches, {})
+            if way in RESUMED and turn == 0:  # the slowest, and not close
+                measured(way, args.workers, late, 0, {"first_batch_s": "resume_s"})
+                measured(way, 0, late, 0, {"first_batch_s": "resume_without_workers_s"})
+    medians = {way: {key: statistics.median(each) for key, each in of_way.items()} for way, of_way in runs.items()}
+    print_table(f"{num_photos:,} photos of {name}; workers: {args.workers}", medians)
+    return {"photos": num_photos, "medians": medians, "runs": runs}
+
+
+def print_table(title: str, medians: dict[str, dict[str, float]]) -> None:
+    columns = {  # the number, its name, its digits, and whether less is better
+        "photos_per_cpu_s": ("photos a CPU s", 0, False),
+        "photos_per_s": ("photos/s", 0, False),
+        "first_batch_s": ("first batch, s", 3, True),
+        "resume_s": ("after 90 %, s", 3, True),
+        "resume_without_workers_s": ("no workers, s", 3, True),
+    }
+    table = Table("", title=title)
+    for name, _, _ in columns.values():
+        table.add_column(name, justify="right")
+        table.add_column("", justify="right")  # how many times better pvtcap is
+    for way, found in medians.items():
+        cells = []
+        for key, (_, digits, less_is_better) in columns.items():
+            ratio = medians["pvtcap"][key] / found[key] if key in found else 0.0
+            cells.append(f"{found[key]:,.{digits}f}" if key in found else "")
+            cells.append(f"{1 / ratio if less_is_better else ratio:.2f}" if ratio and way != "pvtcap" else "")
+        table.add_row(way, *cells)
+    Console(width=120).print(table)
+    print("The second of each two columns says how many times better pvtcap is.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coco", type=Path, help="a folder of JPEGs, used again and again, such as COCO's val2017")
+    parser.add_argument("--coco-photos", type=int, default=1500, help="in the epoch (default %(default)s)")
+    parser.add_argument("--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt, the list of training")
+    parser.add_argument("--streaming", type=Path, metavar="VENV", help="environment with mosaicml-streaming; see above")
+    parser.add_argument("--workers", type=int, default=1, help="of pvtcap, webdataset, streaming (default 1; 0: none)")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--num-batches", type=int, default=24, help="timed in a run (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one run, of eight batches each")
+    parser.add_argument("--write-mds", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.write_mds is not None:
+        write_mds(args.write_mds)
+    elif args.measure is not None:
+        way, folder, *numbers = args.measure
+        print(json.dumps(measure(way, Path(folder), *map(int, numbers))), flush=True)
+        os._exit(0)  # loaders that run ahead would take seconds to stop
+    else:
+        if args.quick:
+            args.repeat, args.num_batches = 1, 8
+        content: dict[str, Any] = {"workers": args.workers, "batch": BATCH, "side_px": SIDE_PX, "cpus": os.cpu_count()}
+        for name in ("flickr8k", "coco"):
+            if getattr(args, name) is not None:
+                with tempfile.TemporaryDirectory() as temporary:
+                    content[name] = compare(name, args, Path(temporary))
+        results = ROOT / "benchmarks" / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"stream_{args.workers}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
