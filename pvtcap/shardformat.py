@@ -1,7 +1,8 @@
 """What a ShardSet's JSON files say: the manifest, the indexes, the texts; how they are read and written.
 
 A tar that pvtcap wrote holds its texts, in the form of ``Text``. For a tar of another's (``pvtcap shards index``) they
-lie beside it, a line a sample in that same form, and the manifest's entry of it has a ``foreign``.
+lie beside it, a line a sample in that same form, and the manifest's entry of it has a ``foreign``. A ShardSet of
+features (``pvtcap features``) has KEY.npy in place of KEY.jpg, and its manifest a ``features``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import stat
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -84,6 +85,32 @@ class ShardEntry(_Record):
         return {name: value for name, value in dump(self).items() if name != "foreign" or value is not None}
 
 
+class FeatureFormat(_Record):
+    """What each KEY.npy holds (``featureformat`` has its bytes), and how the encoder was shown the photos.
+
+    ``views`` says what each view is: the whole photo squeezed to a square, or a random crop, perhaps mirrored, drawn
+    from (``seed``, view, number of the sample in the ShardSet). ``shape`` is a view's channels, rows and columns.
+    ``encoder_weights`` is 'timm' or a file's name, ``encoder_sha256`` the fingerprint of what was in it.
+    """
+
+    dtype: Literal["fp16", "int8"]
+    views: list[Literal["square", "augmented"]] = Field(min_length=1)
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    encoder: str
+    encoder_weights: str
+    encoder_sha256: str
+    encoder_stages: PositiveInt
+    image_px: PositiveInt
+    transform: str
+    crop_min_area: float
+    flip_probability: float
+    seed: NonNegativeInt
+
+    def __str__(self) -> str:
+        crops = "no crops" if len(self.views) == 1 else f"crops of {self.crop_min_area} or more"
+        return f"{self.dtype} features of {self.encoder} at {self.image_px} px, {len(self.views)} views, {crops}"
+
+
 class Manifest(_Record):
     """What a complete ShardSet says of itself; ``build`` is the builder's name and options."""
 
@@ -94,6 +121,16 @@ class Manifest(_Record):
     shards: list[ShardEntry]
     skipped: dict[str, PositiveInt] = {}
     build: dict[str, Any] = {}
+    features: FeatureFormat | None = None
+
+    @property
+    def photo_suffix(self) -> str:
+        """What follows the key in the name of a photo, or of its features."""
+        return ".jpg" if self.features is None else ".npy"
+
+    @model_serializer(mode="wrap")
+    def _as_ever_unless_features(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "features" or value is not None}
 
 
 class SkippedItem(_Record):

@@ -71,7 +71,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A photo (encoded, as stored) with all its captions. ``width`` and ``height`` are in pixels."""
+    """A photo (encoded, as stored; or its features) with all its captions. ``width`` and ``height`` are in pixels."""
 
     key: str
     image_id: int | str
@@ -209,7 +209,7 @@ class ShardReader:
             if header_crc(header, span[1]) != opened.index.headers[index]:
                 self._not_the_indexed(shard, index)
         else:
-            photo = self._member(opened.tar, span, ".jpg", shard, index)
+            photo = self._member(opened.tar, span, self.shardset.manifest.photo_suffix, shard, index)
         return Sample(text.key, text.image_id, text.captions, photo, text.width, text.height, text.source)
 
     def read_text(self, shard: int, index: int) -> Sample:
@@ -218,7 +218,7 @@ class ShardReader:
         key, span = opened.index.keys[index], opened.index.texts[index]
         foreign = opened.entry.foreign
         if foreign is None:
-            text = parse_json(Text, self._member(opened.texts, span, ".json", shard, index), self.where(shard, index))
+            text = parse_json(Text, self.read_json(shard, index), self.where(shard, index))
             image_id = text.image_id
         else:
             line = self._bytes(opened.texts, *span, foreign.texts_size_bytes, shard, index)
@@ -227,6 +227,11 @@ class ShardReader:
             if image_id != key:
                 self._not_the_indexed(shard, index)
         return Sample(key, image_id, tuple(text.captions), b"", text.width, text.height, text.source)
+
+    def read_json(self, shard: int, index: int) -> bytes:
+        """The sample's KEY.json, as stored: not of a foreign tar."""
+        opened = self._shard(shard)
+        return self._member(opened.texts, opened.index.texts[index], ".json", shard, index)
 
     def _shard(self, shard: int) -> _OpenShard:
         if shard not in self._open:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pvtcap import pixels
+from pvtcap import featureformat, pixels
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.errors import PvtcapError
@@ -36,7 +36,8 @@ _TENSORS = ("photos", "tokens", "labels", "positions", "segments")
 class Batch:
     """A micro-batch of B photos with their captions packed to T tokens a row.
 
-    ``photos`` (B, 3, H, W) uint8, RGB; ``tokens``, ``labels``, ``positions``, ``segments`` (B, T) int64, see ``text``;
+    ``photos`` (B, 3, H, W) uint8, RGB, or their features (B, E, h, w) float16; ``tokens``, ``labels``,
+    ``positions``, ``segments`` (B, T) int64, see ``text``;
     ``samples`` as stored but without the photos' bytes; ``num_captions`` those packed here.
     """
 
@@ -135,10 +136,13 @@ class _TrainBatches(Dataset["Batch | PvtcapError"]):
         return [sample.captions[number] for number in sorted(chosen)]
 
     def _photo(self, sample: Sample, place: Place, draw: np.random.Generator) -> Tensor:
-        data = self.view.data
+        data, features = self.view.data, self.view.shardset.manifest.features
+        where = self.reader.where(place.shard, place.sample)
+        if features is not None:
+            return featureformat.load(sample.photo, features, int(draw.integers(len(features.views))), where)
         if data.blank_photos:
             return pixels.blank(data.image_px)
-        photo = pixels.decode(sample.photo, self.reader.where(place.shard, place.sample))
+        photo = pixels.decode(sample.photo, where)
         return pixels.augmented(photo, data.image_px, data.crop_min_area, data.flip_probability, draw)
 
 
@@ -167,10 +171,13 @@ class _WholeBatches(Dataset["Batch | PvtcapError"]):
         return self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
 
     def _photo(self, sample: Sample, shard: int, index: int) -> Tensor:
-        side_px = self.view.data.image_px
+        side_px, features = self.view.data.image_px, self.view.shardset.manifest.features
+        where = self.reader.where(shard, index)
+        if features is not None:
+            return featureformat.load(sample.photo, features, featureformat.SQUARE, where)
         if self.view.data.blank_photos:
             return pixels.blank(side_px)
-        return pixels.square(pixels.decode(sample.photo, self.reader.where(shard, index)), side_px)
+        return pixels.square(pixels.decode(sample.photo, where), side_px)
 
 
 def _load(batches: Dataset[Batch | PvtcapError], numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pvtcap import checkpoint, weights
+from pvtcap import checkpoint, frozenencoder, weights
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, batch_plan
 from pvtcap.dist import World
@@ -147,6 +147,7 @@ class Job:
             f"{self.plan.global_batch} = {self.plan.micro_batch} × {world.size} ranks × {self.plan.accumulation}, "
             f"{world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
             + (f", {learning:,} parameters learn ({config.train.what})" if learning else "")
+            + ("" if (features := self.train.shardset.manifest.features) is None else f", from {features}")
         )
 
 
@@ -155,6 +156,8 @@ def prepare(config: Config, world: World, resume: str) -> Job:
     plan = world.on_first_rank(lambda: batch_plan(config.data, world.size))
     shardset = world.on_first_rank(lambda: open_train(config))
     val_set = world.on_first_rank(lambda: ShardSet.open(config.data.val) if config.data.val else None)
+    shown = [each for each in (shardset, val_set) if each is not None]
+    world.on_first_rank(lambda: frozenencoder.check(config, shown, trained=[shardset]))
     total_steps = world.on_first_rank(lambda: length(config, shardset.num_samples))
     resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
     if resumed is not None:
@@ -165,7 +168,7 @@ def prepare(config: Config, world: World, resume: str) -> Job:
         tokenizer = world.on_first_rank(lambda: make_tokenizer(config, shardset))
     model = Captioner(config, tokenizer.size)
     frozen_encoder = not model.encoder_trains
-    weights.load_encoder(model, config)
+    frozenencoder.ready(model, config, shown)
     if resumed is None or "decoder" not in config.train.what:
         weights.load_decoder(model, config)
     if resumed is not None and frozen_encoder:
