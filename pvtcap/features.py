@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pvtcap import featureformat, pixels, weights
 from pvtcap.buildreport import photos_progress
@@ -32,17 +28,14 @@ from pvtcap.candidate import Prepared
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.encoder import Encoder
-from pvtcap.errors import ConfigError, PvtcapError, ShardError
+from pvtcap.errors import ConfigError, ShardError
 from pvtcap.featurefolder import FeatureFolder
 from pvtcap.frozenencoder import TIMM
-from pvtcap.processes import start_worker
+from pvtcap.photoviews import view_batches
 from pvtcap.shardformat import FeatureFormat
-from pvtcap.shardset import Manifest, Sample, ShardReader, ShardSet
+from pvtcap.shardset import Manifest, ShardSet
 
 BUILDER = "features"
-_AT_ONCE = 32  # views that go through the encoder together
-_VIEWS = 100  # keeps these random numbers apart from those of ``order``
-_LONGEST_KEY = 95  # a plain tar header has 100 bytes for KEY.json
 
 
 @dataclass(frozen=True)
@@ -102,29 +95,11 @@ def describe(encoder: Encoder, config: Config, options: FeatureOptions) -> Featu
     )
 
 
-def views_of(photo: Tensor, features: FeatureFormat, number: int) -> list[Tensor]:
-    """The views of a photo (3, H, W), sample ``number`` of its ShardSet: uint8 (3, side, side) each."""
-    side_px = features.image_px
-    return [
-        pixels.square(photo, side_px)
-        if kind == "square"
-        else pixels.augmented(
-            photo,
-            side_px,
-            features.crop_min_area,
-            features.flip_probability,
-            np.random.default_rng([features.seed, _VIEWS, view, number]),
-        )
-        for view, kind in enumerate(features.views)
-    ]
-
-
 def encoded_samples(
     encoder: Encoder, source: ShardSet, features: FeatureFormat, shards: Sequence[int], workers: int, world: World
 ) -> Iterator[Prepared]:
     """The samples of these shards, in order, ready to store."""
-    photos = _Photos(source, features)
-    for batch in _load(photos, photos.places(shards), workers, world):
+    for batch in view_batches(source, features, shards, workers, world):
         found = _features_of(encoder, batch.photos.to(world.device, non_blocking=True)).numpy()
         views = found.reshape(len(batch.samples), len(features.views), *features.shape)
         for sample, text, each in zip(batch.samples, batch.texts, views, strict=True):
@@ -135,60 +110,6 @@ def encoded_samples(
 @torch.inference_mode()
 def _features_of(encoder: Encoder, photos: Tensor) -> Tensor:
     return encoder(photos).float().cpu()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Some samples of a shard: ``photos`` (samples × views, 3, side, side) uint8, ``texts`` their KEY.json."""
-
-    samples: list[Sample]
-    texts: list[bytes]
-    photos: Tensor
-
-    def pin_memory(self) -> _Batch:
-        """Called by torch's DataLoader where the device is a GPU."""
-        return _Batch(self.samples, self.texts, self.photos.pin_memory())
-
-
-class _Photos(Dataset["_Batch | PvtcapError"]):
-    """Item (shard, first) is a batch of samples of that shard, decoded."""
-
-    def __init__(self, source: ShardSet, features: FeatureFormat) -> None:
-        self.source, self.features = source, features
-        self.at_once = max(1, _AT_ONCE // len(features.views))
-        self.starts = [0, *itertools.accumulate(source.sizes)]
-        self.reader = ShardReader(source)
-
-    def places(self, shards: Sequence[int]) -> list[tuple[int, int]]:
-        return [(shard, first) for shard in shards for first in range(0, self.source.sizes[shard], self.at_once)]
-
-    def __getitem__(self, place: tuple[int, int]) -> _Batch | PvtcapError:
-        shard, first = place
-        samples, texts, photos = [], [], []
-        try:
-            for index in range(first, min(first + self.at_once, self.source.sizes[shard])):
-                sample = self.reader.read(shard, index)
-                texts.append(self._text(sample, shard, index))
-                photo = pixels.decode(sample.photo, self.reader.where(shard, index))
-                photos += views_of(photo, self.features, self.starts[shard] + index)
-                samples.append(Sample(sample.key, sample.image_id, sample.captions, b"", 0, 0))
-        except PvtcapError as error:  # as a value: it leaves a worker process as it is, not inside a traceback
-            return error
-        return _Batch(samples, texts, torch.stack(photos))
-
-    def _text(self, sample: Sample, shard: int, index: int) -> bytes:
-        """KEY.json: the source's own bytes; of a foreign tar, what stands beside it."""
-        if len(sample.key.encode()) > _LONGEST_KEY:
-            raise ShardError(
-                "a key that is too long for a plain tar",
-                where=self.reader.where(shard, index),
-                got=f"{len(sample.key.encode())} bytes",
-                wanted=_LONGEST_KEY,
-            )
-        if self.source.manifest.shards[shard].foreign is None:
-            return self.reader.read_json(shard, index)
-        text = {name: getattr(sample, name) for name in ("image_id", "captions", "width", "height", "source")}
-        return json.dumps(text, ensure_ascii=False).encode()
 
 
 def _open_source(config: Config, data: Path) -> ShardSet:
@@ -205,29 +126,3 @@ def _open_source(config: Config, data: Path) -> ShardSet:
     if source.manifest.features is not None:
         raise ShardError("these are features already", where=data, do="Give --data a ShardSet of photos.")
     return source
-
-
-def _load(photos: _Photos, places: Sequence[tuple[int, int]], workers: int, world: World) -> Iterator[_Batch]:
-    """Decode these batches in worker processes, a few ahead, and hand them over in order."""
-    # As in ``stream``: a fork would copy a process full of threads.
-    context = multiprocessing.get_context("forkserver") if workers else None
-    if context is not None:
-        context.set_forkserver_preload([__name__])
-    loader = DataLoader(
-        photos,
-        batch_size=None,
-        sampler=places,
-        num_workers=workers,
-        multiprocessing_context=context,
-        worker_init_fn=_start_worker if workers else None,
-        pin_memory=world.device.type == "cuda",
-    )
-    for item in loader:
-        if isinstance(item, PvtcapError):
-            raise item
-        yield item
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    start_worker()

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, RankFunction, tiny_tree, torchrun
 from safetensors.torch import save_file
 
-from pvtcap import caption, featurefolder, features, frozenencoder, pixels, shardcommands, shardjoin
+from pvtcap import caption, featurefolder, features, frozenencoder, photoviews, pixels, shardcommands, shardjoin
 from pvtcap import evaluate as evaluation
 from pvtcap import train as training
 from pvtcap.captioner import Captioner
@@ -114,14 +114,13 @@ def test_they_stand_where_the_photos_stand(shapes: Path, folder: Path) -> None:
 def test_any_number_of_ranks_writes_the_same_bytes(
     run_ranks: RankFunction, tree: dict[str, Any], shapes: Path, folder: Path, tmp_path: Path
 ) -> None:
-    tree["data"]["workers"] = 1  # and any number of processes
     out = str(tmp_path / "ranks")
     run_ranks("test_features:make", 3, tree=tree, data=str(shapes / "train"), out=out, num_views=3)
     assert contents(tmp_path / "ranks") == contents(folder / "three")
 
 
 def test_the_command_on_two_ranks(tree: dict[str, Any], shapes: Path, folder: Path, tmp_path: Path) -> None:
-    tree["data"]["image_px"] = 64
+    tree["data"] |= {"image_px": 64, "workers": 1}
     (tmp_path / "c.json").write_text(json.dumps(tree))  # JSON is YAML
     words = ["-m", "pvtcap", "features", str(tmp_path / "c.json"), "--data", str(shapes / "train"), "--out"]
     done = torchrun(2, *words, str(tmp_path / "int8"), "data.image_px=32", "--dtype", "int8")
@@ -223,11 +222,11 @@ def test_views_differ_and_are_of_the_photo_as_training_would_show_it(
     frozenencoder.ready(model, config, [source])
     with ShardReader(source) as photos, ShardReader(made) as reader:
         seen = [pixels.decode(photos.read(0, index).photo, "here") for index in range(4)]
-        views = [features.views_of(photo, described, number) for number, photo in enumerate(seen)]
+        views = [photoviews.views_of(photo, described, number) for number, photo in enumerate(seen)]
         assert torch.equal(views[0][0], pixels.square(seen[0], 32))
         # Not 12: now and then a crop of these small photos is all of it.
         assert len({view.numpy().tobytes() for each in views for view in each}) >= 10
-        again = features.views_of(seen[0], described, 1)
+        again = photoviews.views_of(seen[0], described, 1)
         assert not torch.equal(again[1], views[0][1])  # another sample's number is another crop
         for index in range(4):
             stored = reader.read(0, index).photo

@@ -22,7 +22,7 @@ LEVELS = [
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
     {"shardfolder", "buildreport"},
-    {"shardwriter", "shardverify", "stream", "decoder", "featurefolder"},
+    {"shardwriter", "shardverify", "stream", "decoder", "featurefolder", "photoviews"},
     {"captioner", "captionfiles", "shardindex", "shardjoin"},
     {"weights", "engine", "monitor", "cococaptions"},
     {"frozenencoder"},
