@@ -461,3 +461,16 @@ def test_they_are_verified_counted_and_joined(folder: Path, tmp_path: Path, caps
     raw[offset + size - 2 : offset + size] = np.float16(np.nan).tobytes()
     damaged.write_bytes(raw)
     assert any("features that are not finite" in problem.problem for problem in verify(tmp_path / "one"))
+
+
+def test_of_tars_that_others_wrote(tree: dict[str, Any], shapes: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    for name in ("00000", "00001"):  # keys that both share, so that each has its tar's name in front
+        shutil.copy(next((shapes / "val").glob("*.tar")), others / f"{name}.tar")
+    shardcommands.index([str(others), "--processes", "1"])
+    make(ALONE, tree, str(others), str(tmp_path / "out"))
+    source, made = ShardSet.open(others), ShardSet.open(tmp_path / "out")
+    assert list(made.keys()) == list(source.keys())
+    assert next(made.keys()).startswith("00000/")
+    assert (list(made.captions()), verify(tmp_path / "out")) == (list(source.captions()), [])
