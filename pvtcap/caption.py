@@ -58,6 +58,7 @@ def _file(path: Path) -> bytes:
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     descriptor = open_tar(path)
+    found = False
     try:
         for member in walk_tar(descriptor, path):
             if member.kind == "folder" or not member.name.lower().endswith(SUFFIXES):
@@ -67,6 +68,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 raise ShardError(f"a {member.kind}, not a photo", where=name, do="Leave it out of the tar.")
             if member.size > MAX_PHOTO_BYTES:
                 raise ShardError("photo too large", where=name, got=f"{member.size:,} bytes", wanted=MAX_PHOTO_BYTES)
+            found = True
             yield name, Content(descriptor, member).read()
     finally:
         os.close(descriptor)
+    if not found:
+        raise ShardError("no photo in this tar", where=path, wanted=", ".join(SUFFIXES))

@@ -30,18 +30,25 @@ class Captioner(nn.Module):
         patches = self.patches(batch.photos)
         return self.decoder(patches, batch.tokens, batch.labels, batch.positions, batch.segments)  # type: ignore[no-any-return]
 
-    def patches(self, photos_B3HW: Tensor) -> Tensor:
-        """uint8 photos → what the decoder attends to, (B, P, D)."""
-        with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
-            features_BEhw = self.encoder(photos_B3HW)
+    def patches(self, photos: Tensor) -> Tensor:
+        """uint8 photos (B, 3, H, W), or float features of theirs (B, E, h, w) → what the decoder attends to, (B, P, D).
+
+        Features are taken in the parameters' dtype, as the encoder would give them.
+        """
+        if photos.is_floating_point():
+            features_BEhw = photos.to(next(self.projection.parameters()).dtype)
+        else:
+            with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
+                features_BEhw = self.encoder(photos)
         return self.projection(features_BEhw)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def caption(self, photos_B3HW: Tensor, tokenizer: CaptionTokenizer, how: EvaluateConfig) -> list[str]:
-        """One caption a photo, by beam search. The module must be whole (no ZeRO-3) and in eval mode."""
-        rows = self.decoder.generate(
-            self.patches(photos_B3HW), tokenizer.prefix, tokenizer.end_id, tokenizer.pad_id, how
-        )
+    def caption(self, photos: Tensor, tokenizer: CaptionTokenizer, how: EvaluateConfig) -> list[str]:
+        """One caption a photo, by beam search; ``photos`` as in ``patches``.
+
+        The module must be whole (no ZeRO-3) and in eval mode.
+        """
+        rows = self.decoder.generate(self.patches(photos), tokenizer.prefix, tokenizer.end_id, tokenizer.pad_id, how)
         return [tokenizer.decode(row) for row in rows.tolist()]
 
     def train(self, mode: bool = True) -> Captioner:

@@ -13,6 +13,7 @@ to keep: an unbroken run and a resumed one are the same run.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,14 +21,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 
-from pvtcap import __version__, weights
+from pvtcap import __version__, frozenencoder, weights
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config
 from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import Engine
 from pvtcap.errors import CheckpointError, PvtcapError
-from pvtcap.shardset import MANIFEST, parse_json, sha256_file, write_json
+from pvtcap.shardset import MANIFEST, ShardSet, parse_json, sha256_file, write_json
 from pvtcap.sources import TrainedOn
 from pvtcap.text import CaptionTokenizer
 
@@ -97,8 +98,11 @@ class Checkpoint:
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.from_file(self.path / VOCAB, self.config.text.prompt)
 
-    def captioner(self, device: torch.device) -> Captioner:
-        """The trained model, whole, in eval mode; fetches nothing that the checkpoint itself holds."""
+    def captioner(self, device: torch.device, shown: Sequence[ShardSet] = ()) -> Captioner:
+        """The trained model, whole, in eval mode; fetches nothing that the checkpoint itself holds.
+
+        Of ``shown``, what it is to caption, ShardSets of features need no encoder.
+        """
         if sha256_file(self.path / TRAINABLE) != self.manifest.trainable_sha256:
             raise CheckpointError(
                 "damaged weights (sha256 differs)",
@@ -108,7 +112,7 @@ class Checkpoint:
         model = Captioner(self.config, self.tokenizer().size)
         learned = self.config.train.what.split("+")
         if "encoder" not in learned:
-            weights.load_encoder(model, self.config)
+            frozenencoder.ready(model, self.config, shown, self.manifest.encoder_sha256)
             check_encoder(model, self.manifest, self.path)
         if "decoder" not in learned:
             weights.load_decoder(model, self.config)

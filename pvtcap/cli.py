@@ -128,7 +128,40 @@ def evaluate(
         title = f"{report['checkpoint']} on {report['data']}" + (", photos blanked" if blank_photos else "")
         console = Console()
         console.print(score_table({"value": report}, title))
-        console.print(f"{out}: results.json, scores.json, captions.jsonl, captions.png", highlight=False)
+        written = [name for name in evaluation.FILES if (out / name).exists()]
+        console.print(f"{out}: {', '.join(written)}", highlight=False)
+
+
+@app.command()
+def features(
+    config: Annotated[str, typer.Argument(help="The YAML file to train with, or the name of a shipped one.")],
+    data: Annotated[Path, typer.Option(help="ShardSet folder of photos.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or that of a run that was stopped.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    views: Annotated[int, typer.Option(min=1, help="The whole photo, and so many less one random crops of it.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp16; or int8, in half the bytes.")] = "fp16",
+) -> None:
+    """Store the frozen encoder's output for each photo, to train from: neither photos nor encoder are needed then.
+
+    Also under torchrun, any number of ranks. Set data.train and data.val to the folders it makes.
+    """
+    from pvtcap.configfile import load
+    from pvtcap.errors import ConfigError
+
+    if dtype not in ("fp16", "int8"):
+        raise ConfigError("unknown type of features", where="--dtype", got=dtype, wanted="fp16 or int8")
+    loaded = load(config, overrides or [])
+    from pvtcap import features as making
+    from pvtcap.dist import World
+
+    # A rank that is done waits for the others, which may have the larger shards: not for half an hour only.
+    with World.start(timeout_minutes=24 * 60) as world:
+        how = making.FeatureOptions(num_views=views, dtype="fp16" if dtype == "fp16" else "int8")
+        manifest = making.run(loaded, data, out, world, how)
+    if world.is_first:
+        size = sum(entry.size_bytes for entry in manifest.shards)
+        counts = f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards, {size:,} bytes"
+        typer.echo(f"{out}: {counts}: {manifest.features}")
 
 
 @app.command()

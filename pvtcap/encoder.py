@@ -39,11 +39,13 @@ class Encoder(nn.Module):
         self.std: Tensor
         mean, std = pvt.pretrained_cfg["mean"], pvt.pretrained_cfg["std"]
         self.pvt = pvt
+        self._stands_for: str | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, photos_B3HW: Tensor) -> Tensor:
         """uint8 photos (B, 3, H, W) → features (B, E, H / stride, W / stride), in the parameters' dtype."""
+        assert self.pvt is not None, "photos for an encoder that stands aside for features"
         dtype = self.pvt.patch_embed.proj.weight.dtype
         normalised = (photos_B3HW.float() - self.mean) / self.std
         features: Tensor = self.pvt.stages(self.pvt.patch_embed(normalised.to(dtype)))
@@ -51,8 +53,14 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes and float32 values: the identity of frozen weights that no checkpoint carries."""
+        if self._stands_for is not None:
+            return self._stands_for
         digest = hashlib.sha256()
         for name, value in sorted(self.pvt.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} ".encode())
             digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def stand_aside(self, sha256: str) -> None:
+        """Drop the weights: features come in place of photos, made by an encoder with this fingerprint."""
+        self.pvt, self._stands_for = None, sha256

@@ -3,7 +3,7 @@
     OUT/results.json     COCO's format: [{"image_id": …, "caption": …}, …], in the ShardSet's order
     OUT/scores.json      the metrics, which were unavailable and why, caption statistics, what was evaluated
     OUT/captions.jsonl   a photo a line: key, image_id, caption, references and its own scores
-    OUT/captions.png     the first photos with what the model says and a reference
+    OUT/captions.png     the first photos with what the model says and a reference; not from features
 
 The model is an ordinary module on each rank, never under ZeRO, so no collective occurs while captions are generated
 and ranks may finish at different times. Batches are cut before ranks share them: any world size writes the same bytes.
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pvtcap import metrics, sheet
+from pvtcap import frozenencoder, metrics, sheet
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import EvaluateConfig
 from pvtcap.dist import World
@@ -29,6 +29,7 @@ from pvtcap.sources import open_shardset
 from pvtcap.stream import View, whole_batches
 
 RESULTS, CAPTIONS, SHEET = "results.json", "captions.jsonl", "captions.png"
+FILES = (RESULTS, SCORES, CAPTIONS, SHEET)
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def generate(
     checkpoint: Checkpoint, shardset: ShardSet, world: World, how: EvaluateConfig, blank_photos: bool
 ) -> list[Captioned]:
     """Captions of this rank's photos."""
-    model, tokenizer = checkpoint.captioner(world.device), checkpoint.tokenizer()
     data = checkpoint.config.data.model_copy(update={"blank_photos": blank_photos})
+    config = checkpoint.config.model_copy(update={"data": data})
+    world.on_first_rank(lambda: frozenencoder.check(config, [shardset]))
+    model, tokenizer = checkpoint.captioner(world.device, [shardset]), checkpoint.tokenizer()
     view = View(data, tokenizer, checkpoint.config.text.max_tokens)
     captioned = []
     for batch in whole_batches(shardset, view, how.micro_batch, world, even=False):
@@ -123,8 +126,8 @@ def write_captions(captioned: Sequence[Captioned], scores: metrics.Scores, path:
 
 
 def draw_sheet(captioned: Sequence[Captioned], shardset: ShardSet, path: Path) -> None:
-    """The set's first photos: the same ones at each evaluation."""
-    if not captioned:
+    """The set's first photos: the same ones at each evaluation. Of features there is nothing to draw."""
+    if not captioned or shardset.manifest.features is not None:
         return
     entries = []
     with ShardReader(shardset) as reader:

@@ -30,9 +30,13 @@ def check_out(shardset: ShardSet, out: Path) -> None:
 
 
 def draw(shardset: ShardSet, info: ShardSetInfo, out: Path) -> list[Path]:
-    """Write both pictures; gives their paths. Raises ShardError for a photo that cannot be shown, or a full disk."""
+    """Write both pictures; gives their paths. Raises ShardError for a photo that cannot be shown, or a full disk.
+
+    Of a ShardSet of features there are histograms only.
+    """
+    has_photos = shardset.manifest.features is None
     with ShardReader(shardset) as reader:
-        entries = [_entry(reader, *place) for place in spread(shardset.sizes, _NUM_PHOTOS)]
+        entries = [_entry(reader, *place) for place in spread(shardset.sizes, _NUM_PHOTOS if has_photos else 0)]
     counts = info.counts
     panels = [
         Panel("Caption length", "words a caption", "captions", counts.caption_words),
@@ -42,11 +46,12 @@ def draw(shardset: ShardSet, info: ShardSetInfo, out: Path) -> list[Path]:
     ]
     title = f"{info.manifest.name}: {shardset.num_samples:,} photos, {shardset.num_captions:,} captions"
     try:
-        sheet.draw(entries, out / SHEET)
+        if has_photos:
+            sheet.draw(entries, out / SHEET)
         draw_panels(panels, title, out / HISTOGRAMS)
     except OSError as error:
         raise ShardError(f"cannot write: {error.strerror or error}", where=out) from error
-    return [out / SHEET, out / HISTOGRAMS]
+    return [out / SHEET, out / HISTOGRAMS] if has_photos else [out / HISTOGRAMS]
 
 
 def spread(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:

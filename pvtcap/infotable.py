@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pvtcap.distribution import Distribution, Range
+from pvtcap.shardformat import FeatureFormat
 from pvtcap.shardinfo import ShardSetInfo
 
 _MOST_ROWS = 12  # of a table that lists different values
@@ -20,6 +21,8 @@ def info_tables(info: ShardSetInfo) -> Iterator[Table]:
     yield _shares(info)
     if info.manifest.skipped:
         yield _skipped(info)
+    if info.manifest.features is not None:
+        yield _features(info.manifest.features)
     if info.manifest.build:
         yield _build(info)
 
@@ -56,7 +59,7 @@ def _statistics(info: ShardSetInfo) -> Table:
         "width, px": counts.width_px,
         "height, px": counts.height_px,
         "pixels a photo": counts.pixels,
-        "bytes a photo": counts.photo_bytes,
+        ("bytes a photo" if info.manifest.features is None else "bytes of features"): counts.photo_bytes,
         "photos a shard": info.samples_per_shard,
     }
     for name, values in rows.items():
@@ -101,6 +104,14 @@ def _skipped(info: ShardSetInfo) -> Table:
     table.add_column("times", justify="right")
     for reason, times in _first_rows(info.manifest.skipped):
         table.add_row(Text(reason), f"{times:,}")
+    return table
+
+
+def _features(features: FeatureFormat) -> Table:
+    table = Table("features in place of photos", "")
+    table.columns[1].overflow = "fold"
+    for name, value in features.model_dump().items():
+        table.add_row(Text(name), Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
     return table
 
 

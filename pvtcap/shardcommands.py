@@ -65,8 +65,8 @@ def verify(words: list[str]) -> None:
 def info(words: list[str]) -> None:
     """pvtcap shards info DIR: what is in a ShardSet, counted from its texts and indexes; no photo is decoded for it.
 
-    With --out, also two pictures: contact_sheet.png, photos spread evenly over the ShardSet with their captions, and
-    histograms.png. Nothing is ever written into the ShardSet.
+    With --out, also two pictures: contact_sheet.png, photos spread evenly over the ShardSet with their captions (not
+    of a ShardSet of features), and histograms.png. Nothing is ever written into the ShardSet.
 
     A word is what stands between spaces, without the punctuation around it, in lower case: "T-shirt," is t-shirt, and
     a dash by itself is none. Medians and p95 are nearest ranks: values that occur.
@@ -75,7 +75,8 @@ def info(words: list[str]) -> None:
 
     keys = "".join(f"\n  {names}:\n      {what}" for names, what in JSON_KEYS.items())
     distribution = "A distribution is {min, mean, median, p95, max, counts: pairs [value, how often]}."
-    parser = _parser("info", info, f"--json prints one object. {distribution}{keys}")
+    features = "\n  features:\n      only of a ShardSet of features: what its manifest says of them"
+    parser = _parser("info", info, f"--json prints one object. {distribution}{keys}{features}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="draw contact_sheet.png and histograms.png there")
     args = parser.parse_args(words)
     processes = _processes(args)
@@ -101,6 +102,8 @@ def info(words: list[str]) -> None:
     if args.out is not None:
         for picture in infopictures.draw(shardset, found, args.out):
             typer.echo(f"drawn: {picture}", err=True)
+        if shardset.manifest.features is not None:
+            typer.echo("no contact sheet: these are features, and their photos are elsewhere", err=True)
 
 
 def index(words: list[str]) -> None:

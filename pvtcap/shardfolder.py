@@ -22,17 +22,8 @@ from typing import Any, Self
 
 from pvtcap.candidate import Prepared
 from pvtcap.errors import ShardError
-from pvtcap.shardset import (
-    FORMAT,
-    MANIFEST,
-    Manifest,
-    ShardEntry,
-    ShardIndex,
-    SkippedItem,
-    index_name,
-    parse_json,
-    write_json,
-)
+from pvtcap.shardformat import index_name
+from pvtcap.shardset import FORMAT, MANIFEST, Manifest, ShardEntry, ShardIndex, SkippedItem, parse_json, write_json
 from pvtcap.shardtar import ShardTar, photo_digest, shard_entry, tar_size
 
 BUILDING = "building.json"

@@ -1,32 +1,24 @@
 """What a ShardSet's JSON files say: the manifest, the indexes, the texts; how they are read and written.
 
 A tar that pvtcap wrote holds its texts, in the form of ``Text``. For a tar of another's (``pvtcap shards index``) they
-lie beside it, a line a sample in that same form, and the manifest's entry of it has a ``foreign``.
+lie beside it, a line a sample in that same form, and the manifest's entry of it has a ``foreign``. A ShardSet of
+features (``pvtcap features``) has KEY.npy in place of KEY.jpg, and its manifest a ``features``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import stat
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
 )
-
-from pvtcap.errors import ShardError
 
 FORMAT = "pvtcap-shardset/1"
 MANIFEST = "manifest.json"
@@ -108,6 +100,32 @@ class ShardEntry(_Record):
         return {name: value for name, value in dump(self).items() if name != "foreign" or value is not None}
 
 
+class FeatureFormat(_Record):
+    """What each KEY.npy holds (``featureformat`` has its bytes), and how the encoder was shown the photos.
+
+    ``views`` says what each view is: the whole photo squeezed to a square, or a random crop, perhaps mirrored, drawn
+    from (``seed``, view, number of the sample in the ShardSet). ``shape`` is a view's channels, rows and columns.
+    ``encoder_weights`` is 'timm' or a file's name, ``encoder_sha256`` the fingerprint of what was in it.
+    """
+
+    dtype: Literal["fp16", "int8"]
+    views: list[Literal["square", "augmented"]] = Field(min_length=1)
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    encoder: str
+    encoder_weights: str
+    encoder_sha256: str
+    encoder_stages: PositiveInt
+    image_px: PositiveInt
+    transform: str
+    crop_min_area: float
+    flip_probability: float
+    seed: NonNegativeInt
+
+    def __str__(self) -> str:
+        crops = "no crops" if len(self.views) == 1 else f"crops of {self.crop_min_area} or more"
+        return f"{self.dtype} features of {self.encoder} at {self.image_px} px, {len(self.views)} views, {crops}"
+
+
 class Manifest(_Record):
     """What a complete ShardSet says of itself; ``build`` is the builder's name and options."""
 
@@ -118,6 +136,16 @@ class Manifest(_Record):
     shards: list[ShardEntry]
     skipped: dict[str, PositiveInt] = {}
     build: dict[str, Any] = {}
+    features: FeatureFormat | None = None
+
+    @property
+    def photo_suffix(self) -> str:
+        """What follows the key in the name of a photo, or of its features."""
+        return ".jpg" if self.features is None else ".npy"
+
+    @model_serializer(mode="wrap")
+    def _as_ever_unless_features(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "features" or value is not None}
 
 
 class SkippedItem(_Record):
@@ -178,7 +206,7 @@ class Text(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A photo (encoded, as stored) with all its captions. ``width`` and ``height`` are in pixels."""
+    """A photo (encoded, as stored; or its features) with all its captions. ``width`` and ``height`` are in pixels."""
 
     key: str
     image_id: int | str
@@ -202,98 +230,3 @@ def index_name(tar_name: str) -> str:
 def texts_name(tar_name: str) -> str:
     """The file of texts that belongs to a foreign tar."""
     return tar_name.removesuffix(".tar") + ".texts.jsonl"
-
-
-def file_size(path: Path) -> int | None:
-    """A file's size in bytes; None when there is no such file, or can be none of that name."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def read_file(path: Path) -> bytes:
-    """A file's content. Raises ShardError."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ShardError(f"cannot read: {error.strerror}", where=path) from error
-
-
-def open_file(path: Path) -> int:
-    """A file's descriptor, for reading. Raises ShardError."""
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ShardError(f"cannot open the shard: {error.strerror}", where=path) from error
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def parse_json(model: type[M], raw: bytes, where: object) -> M:
-    """Validate JSON bytes as ``model``; ShardError names the first thing wrong with it."""
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ShardError(
-            f"not a valid {model.__name__}: {place} {first['msg']}".replace(":  ", ": "), where=where
-        ) from None
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the ShardSet in folder ``path``. Raises ShardError when it is missing or not of this format."""
-    if not path.is_dir():
-        raise ShardError("no such shard folder", where=path, do="Build one with 'pvtcap shards BUILDER --out DIR'.")
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise ShardError(
-            f"shard folder without a {MANIFEST}",
-            where=path,
-            do="Its build did not finish: run the same 'pvtcap shards' command again and it goes on.",
-        )
-    return parse_manifest(read_file(manifest_path), manifest_path)
-
-
-def parse_manifest(raw: bytes, where: object) -> Manifest:
-    """A manifest's content. Raises ShardError when it is not of this format."""
-    manifest = parse_json(Manifest, raw, where)
-    if manifest.format != FORMAT:
-        raise ShardError("unknown format", where=where, got=manifest.format, wanted=FORMAT)
-    return manifest
-
-
-def check_size(path: Path, wanted: int) -> None:
-    """Raises ShardError unless there is a file of this size."""
-    if (size := file_size(path)) is None:
-        raise ShardError("a shard named in the manifest is missing", where=path, do="Copy it back or build it again.")
-    if size != wanted:
-        kind = "tar" if path.suffix == ".tar" else "file of texts"
-        what = f"truncated {kind}" if size < wanted else f"a {kind} larger than its manifest says"
-        raise ShardError(what, where=path, got=f"{size:,} bytes", wanted=f"{wanted:,}", do="Copy or build it again.")
-
-
-def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
-    """Write JSON under a temporary name, flush it to disk, and rename: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):  # a folder that cannot be written to has none
-            partial.unlink(missing_ok=True)
-        raise

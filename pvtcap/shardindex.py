@@ -30,8 +30,8 @@ from pvtcap.buildreport import BuildReport, photos_progress, print_report
 from pvtcap.errors import ConfigError, ShardError
 from pvtcap.processes import map_in_order, usable_cpus
 from pvtcap.shardfolder import BUILDING, SKIPPED
-from pvtcap.shardformat import MAX_FILE_BYTES
-from pvtcap.shardset import FORMAT, MANIFEST, Foreign, Manifest, ShardEntry, SkippedItem, write_json
+from pvtcap.shardformat import MAX_FILE_BYTES, Foreign
+from pvtcap.shardset import FORMAT, MANIFEST, Manifest, ShardEntry, SkippedItem, write_json
 from pvtcap.tarsamples import TarFindings, index_tar
 
 BUILDER = "index"

@@ -106,6 +106,7 @@ class ShardSetInfo:
             "samples_per_shard": self.samples_per_shard.as_json(),
             "skipped": manifest.skipped,
             "sources": dict(counts.sources.most_common()),
+            **({} if manifest.features is None else {"features": manifest.features.model_dump(mode="json")}),
         }
 
 

@@ -46,12 +46,14 @@ def join(parts: Sequence[Path], out: Path) -> tuple[Manifest, int]:
     """Join ``parts`` in ``out``; the manifest, and how many photos are there more than once as far as that is known.
 
     Everything is made in a folder beside ``out`` that becomes ``out`` in one step. Raises ShardError when ``out``
-    exists, a part is not complete or not there, or two parts have a tar's name, a key or an image_id in common.
+    exists, a part is not complete or not there, has other features than the first, or two parts have a tar's name, a
+    key or an image_id in common.
     """
     if out.exists():
         raise ShardError("the folder is there already", where=out, do="Give --out a new folder.")
     shardsets = [ShardSet.open(part) for part in parts]
     _check_parts(shardsets)
+    _check_features(shardsets)
     _check_names(shardsets)
     num_repeated = _check_keys(shardsets)
     manifest = _joined(shardsets, out.resolve().name)
@@ -86,6 +88,7 @@ def _joined(shardsets: Sequence[ShardSet], name: str) -> Manifest:
         shards=[entry for manifest in manifests for entry in manifest.shards],
         skipped=dict(sorted(sum((Counter(manifest.skipped) for manifest in manifests), Counter[str]()).items())),
         build={"builder": "join", "parts": [{"name": each.name, **each.build} for each in manifests]},
+        features=manifests[0].features,
     )
 
 
@@ -111,6 +114,21 @@ def _check_parts(shardsets: Sequence[ShardSet]) -> None:
             wanted=", ".join(f"{number}/{total}" for number in missing[:5]),
             do="Build them, and name them too.",
         )
+
+
+def _check_features(shardsets: Sequence[ShardSet]) -> None:
+    """All have photos, or the same features."""
+    first, *others = ({} if (found := each.manifest.features) is None else found.model_dump() for each in shardsets)
+    for shardset, other in zip(shardsets[1:], others, strict=True):
+        if not first or not other:
+            kinds = ["features" if each else "photos" for each in (other, first)]
+        else:
+            kinds = [
+                ", ".join(f"{key}={a[key]}" for key in a if a[key] != b[key])
+                for a, b in ((other, first), (first, other))
+            ]
+        if other != first:
+            raise ShardError("parts of different features", where=shardset.path, got=kinds[0], wanted=kinds[1])
 
 
 def _check_names(shardsets: Sequence[ShardSet]) -> None:

@@ -29,11 +29,21 @@ from typing import NoReturn, Self
 from pvtcap.errors import ShardError
 from pvtcap.remote import file_url, is_remote, shown
 from pvtcap.shardcache import Mirror, ShardCache
+from pvtcap.shardfiles import (
+    check_size,
+    file_size,
+    open_file,
+    parse_json,
+    parse_manifest,
+    read_file,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
 from pvtcap.shardformat import (
     FORMAT,
     HEADER_BYTES,
     MANIFEST,
-    Foreign,
     ForeignIndex,
     Manifest,
     Sample,
@@ -42,25 +52,12 @@ from pvtcap.shardformat import (
     ShardIndex,
     SkippedItem,
     Text,
-    check_size,
-    file_size,
     header_crc,
-    index_name,
-    open_file,
-    parse_json,
-    parse_manifest,
-    read_file,
-    read_manifest,
-    sha256_file,
-    texts_name,
-    write_json,
 )
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
-    "Foreign",
-    "ForeignIndex",
     "Manifest",
     "Sample",
     "ShardEntry",
@@ -68,12 +65,9 @@ __all__ = [
     "ShardReader",
     "ShardSet",
     "SkippedItem",
-    "file_size",
-    "index_name",
     "parse_json",
     "read_manifest",
     "sha256_file",
-    "texts_name",
     "write_json",
 ]
 
@@ -247,7 +241,7 @@ class ShardReader:
             if header_crc(header, span[1]) != opened.index.headers[index]:
                 self._not_the_indexed(shard, index)
         else:
-            photo = self._member(opened.tar, span, ".jpg", shard, index)
+            photo = self._member(opened.tar, span, self.shardset.manifest.photo_suffix, shard, index)
         return Sample(text.key, text.image_id, text.captions, photo, text.width, text.height, text.source)
 
     def read_text(self, shard: int, index: int) -> Sample:
@@ -256,7 +250,7 @@ class ShardReader:
         key, span = opened.index.keys[index], opened.index.texts[index]
         foreign = opened.entry.foreign
         if foreign is None:
-            text = parse_json(Text, self._member(opened.texts, span, ".json", shard, index), self.where(shard, index))
+            text = parse_json(Text, self.read_json(shard, index), self.where(shard, index))
             image_id = text.image_id
         else:
             line = self._bytes(opened.texts, *span, foreign.texts_size_bytes, shard, index)
@@ -265,6 +259,11 @@ class ShardReader:
             if image_id != key:
                 self._not_the_indexed(shard, index)
         return Sample(key, image_id, tuple(text.captions), b"", text.width, text.height, text.source)
+
+    def read_json(self, shard: int, index: int) -> bytes:
+        """The sample's KEY.json, as stored: not of a foreign tar."""
+        opened = self._shard(shard)
+        return self._member(opened.texts, opened.index.texts[index], ".json", shard, index)
 
     def _shard(self, shard: int) -> _OpenShard:
         if (opened := self._open.pop(shard, None)) is None:

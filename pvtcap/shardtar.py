@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pvtcap.candidate import Prepared
-from pvtcap.shardset import ShardEntry, ShardIndex, SkippedItem, index_name, sha256_file, write_json
+from pvtcap.shardformat import index_name
+from pvtcap.shardset import ShardEntry, ShardIndex, SkippedItem, sha256_file, write_json
 
 
 class ShardTar:
@@ -18,8 +19,8 @@ class ShardTar:
     It is written as ``.tar.partial``; ``finish`` flushes it to disk, renames it and then writes the index.
     """
 
-    def __init__(self, path: Path, with_digests: bool = False) -> None:
-        self.path, self._with_digests = path, with_digests
+    def __init__(self, path: Path, with_digests: bool = False, photo_suffix: str = ".jpg") -> None:
+        self.path, self._with_digests, self._photo_suffix = path, with_digests, photo_suffix
         self._partial = path.with_name(path.name + ".partial")
         self._file = self._partial.open("wb")
         self._sha256 = hashlib.sha256()
@@ -39,7 +40,7 @@ class ShardTar:
         return tar_size(self._offset + 2 * tarfile.BLOCKSIZE + padded(len(sample.photo)) + padded(len(sample.text)))
 
     def add(self, sample: Prepared) -> None:
-        self._photos.append(self._write_member(f"{sample.key}.jpg", sample.photo))
+        self._photos.append(self._write_member(sample.key + self._photo_suffix, sample.photo))
         self._texts.append(self._write_member(f"{sample.key}.json", sample.text))
         self._keys.append(sample.key)
         if self._with_digests:

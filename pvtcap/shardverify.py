@@ -1,5 +1,7 @@
 """Verifying a ShardSet: every byte is read, every photo decoded, and every number compared with the manifest.
 
+Of a ShardSet of features, every feature is read in place of decoding, and must be a finite number.
+
 ``ShardSet.open`` looks at names and sizes only; this is what to run after copying a ShardSet, or before trusting one.
 """
 
@@ -13,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pvtcap.errors import ShardError
+from pvtcap.featureformat import check_finite
 from pvtcap.photo import BadPhoto, decode_photo
 from pvtcap.processes import map_in_order
+from pvtcap.shardfiles import file_size
 from pvtcap.shardfolder import SKIPPED
+from pvtcap.shardformat import Foreign
 from pvtcap.shardset import (
     MANIFEST,
-    Foreign,
     Manifest,
     Sample,
     ShardEntry,
@@ -26,7 +30,6 @@ from pvtcap.shardset import (
     ShardReader,
     ShardSet,
     SkippedItem,
-    file_size,
     parse_json,
     sha256_file,
 )
@@ -172,13 +175,17 @@ def _read_samples(shardset: ShardSet) -> tuple[list[Sample], list[Problem]]:
     """Read and decode every sample by its place in the index; the samples come back without their photos."""
     samples: list[Sample] = []
     problems: list[Problem] = []
-    entry = shardset.manifest.shards[0]
+    entry, features = shardset.manifest.shards[0], shardset.manifest.features
     with ShardReader(shardset) as reader:
         for number in range(entry.num_samples):
             key = reader.key(0, number)
             try:
                 sample = reader.read(0, number)
-                size = decode_photo(sample.photo)
+                if features is None:
+                    size = decode_photo(sample.photo)
+                else:
+                    check_finite(sample.photo, features, reader.where(0, number))
+                    size = sample.width, sample.height  # of the photo, which is elsewhere
             except BadPhoto as error:
                 problems.append(Problem(entry.file, key, f"{error.reason}: {error.detail}"))
             except ShardError as error:

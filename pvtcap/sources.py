@@ -25,6 +25,7 @@ from pvtcap.config import DataConfig
 from pvtcap.errors import ConfigError
 from pvtcap.order import Order, Place
 from pvtcap.shardcache import ShardCache
+from pvtcap.shardformat import FeatureFormat
 from pvtcap.shardset import MANIFEST, Sample, ShardReader, ShardSet, sha256_file
 
 
@@ -131,6 +132,10 @@ class SourceReader:
     def read(self, place: Place) -> Sample:
         number, shard = self.sources.locate(place.source, place.shard)
         return self._readers[number].read(shard, place.sample)
+
+    def features(self, place: Place) -> FeatureFormat | None:
+        """What is stored in place of the photo, if anything is."""
+        return self.sources.shardsets[self.sources.locate(place.source, place.shard)[0]].manifest.features
 
     def is_remote(self, place: Place) -> bool:
         return self.sources.shardsets[self.sources.locate(place.source, place.shard)[0]].mirror is not None

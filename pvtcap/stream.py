@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvtcap import pixels
+from pvtcap import featureformat, pixels
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.loader import Work, load
 from pvtcap.order import Place, generator
 from pvtcap.readahead import ReadAhead
+from pvtcap.shardformat import FeatureFormat
 from pvtcap.shardset import Sample, ShardReader, ShardSet
 from pvtcap.sources import SourceReader, Sources
 from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
@@ -50,9 +51,10 @@ class BadSample:
 class Batch:
     """A micro-batch of B photos with their captions packed to T tokens a row.
 
-    ``photos`` (B, 3, H, W) uint8, RGB; ``tokens``, ``labels``, ``positions``, ``segments`` (B, T) int64, see ``text``;
-    ``samples`` as stored but without the photos' bytes; ``num_captions`` those packed here. In training ``places`` are
-    the samples'; the row of a ``bad`` sample is a grey picture without labels, from which nothing is learned.
+    ``photos`` (B, 3, H, W) uint8, RGB, or their features (B, E, h, w) float16; ``tokens``, ``labels``, ``positions``,
+    ``segments`` (B, T) int64, see ``text``; ``samples`` as stored but without the photos' bytes; ``num_captions`` those
+    packed here. In training ``places`` are the samples'; the row of a ``bad`` sample is a grey picture without labels,
+    from which nothing is learned.
     """
 
     photos: Tensor
@@ -98,7 +100,7 @@ class View:
             if not chosen:
                 rows.labels[row] = IGNORE
         return Batch(
-            photos=pixels.stacked(photos),
+            photos=pixels.stacked(photos) if photos[0].dtype == torch.uint8 else torch.stack(photos),
             tokens=torch.from_numpy(rows.tokens),
             labels=torch.from_numpy(rows.labels),
             positions=torch.from_numpy(rows.positions),
@@ -177,7 +179,7 @@ class _TrainBatches(Work[Batch]):
             sample = self.reader.read(place)
             chosen = self._chosen_captions(sample, draw)
             try:
-                photo = self._photo(sample, where, draw)
+                photo = self._photo(sample, where, self.reader.features(place), draw)
             except pixels.UndecodablePhoto as error:
                 bad.append(BadSample(place, where, sample.key, error.reason))
                 photo, chosen = pixels.blank(self.view.data.image_px), []
@@ -190,8 +192,10 @@ class _TrainBatches(Work[Batch]):
         chosen = draw.permutation(len(sample.captions))[: self.view.data.captions_per_photo]
         return [sample.captions[number] for number in sorted(chosen)]
 
-    def _photo(self, sample: Sample, where: str, draw: np.random.Generator) -> Tensor:
+    def _photo(self, sample: Sample, where: str, features: FeatureFormat | None, draw: np.random.Generator) -> Tensor:
         data = self.view.data
+        if features is not None:
+            return featureformat.load(sample.photo, features, int(draw.integers(len(features.views))), where)
         if data.blank_photos:
             return pixels.blank(data.image_px)
         return pixels.augmented(sample.photo, where, data.image_px, data.crop_min_area, data.flip_probability, draw)
@@ -223,7 +227,9 @@ class _WholeBatches(Work[Batch]):
         return self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
 
     def _photo(self, sample: Sample, where: str) -> Tensor:
-        side_px = self.view.data.image_px
+        side_px, features = self.view.data.image_px, self.shardset.manifest.features
+        if features is not None:
+            return featureformat.load(sample.photo, features, featureformat.SQUARE, where)
         if self.view.data.blank_photos:
             return pixels.blank(side_px)
         return pixels.whole(sample.photo, where, side_px)

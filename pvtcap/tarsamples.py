@@ -26,7 +26,8 @@ from pvtcap.candidate import clean_caption
 from pvtcap.errors import ShardError
 from pvtcap.photo import BadPhoto, decode_photo, photo_size
 from pvtcap.photosource import MAX_PHOTO_BYTES
-from pvtcap.shardset import Foreign, ForeignIndex, ShardEntry, SkippedItem, index_name, texts_name, write_json
+from pvtcap.shardformat import Foreign, ForeignIndex, index_name, texts_name
+from pvtcap.shardset import ShardEntry, SkippedItem, write_json
 from pvtcap.tarwalk import Content, Member, open_tar, split_name, walk_tar
 
 MAX_TEXT_BYTES = 1 << 20  # of all texts of a sample together

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pvtcap import checkpoint, weights
+from pvtcap import checkpoint, frozenencoder, weights
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, batch_plan
 from pvtcap.dist import World
@@ -168,6 +168,7 @@ class Job:
             f"{self.plan.global_batch} = {self.plan.micro_batch} × {world.size} ranks × {self.plan.accumulation}, "
             f"{world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
             + (f", {learning:,} parameters learn ({config.train.what})" if learning else "")
+            + ("" if (features := self.train.shardsets[0].manifest.features) is None else f", from {features}")
         )
 
 
@@ -177,6 +178,8 @@ def prepare(config: Config, world: World, resume: str) -> Job:
     sources = world.on_first_rank(lambda: Sources.open(config.data))
     world.on_first_rank(lambda: sources.order(config.data, config.run.seed) and None)  # are the weights possible?
     val = world.on_first_rank(lambda: open_shardset(config.data.val, config.data) if config.data.val else None)
+    shown = [*sources.shardsets, *([] if val is None else [val])]
+    world.on_first_rank(lambda: frozenencoder.check(config, shown, trained=sources.shardsets))
     total_steps = world.on_first_rank(lambda: length(config, sources.num_samples))
     resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
     if resumed is not None:
@@ -187,7 +190,7 @@ def prepare(config: Config, world: World, resume: str) -> Job:
         tokenizer = world.on_first_rank(lambda: make_tokenizer(config, sources))
     model = Captioner(config, tokenizer.size)
     frozen_encoder = not model.encoder_trains
-    weights.load_encoder(model, config)
+    frozenencoder.ready(model, config, shown)
     if resumed is None or "decoder" not in config.train.what:
         weights.load_decoder(model, config)
     if resumed is not None and frozen_encoder:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, TextConfig
+from pvtcap.encoder import Encoder
 from pvtcap.errors import CheckpointError, ConfigError
 from pvtcap.text import CaptionTokenizer
 
@@ -33,12 +34,12 @@ _TEXT_DECODER = "text_decoder."
 _NOT_WEIGHTS = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
-def load_encoder(model: Captioner, config: Config) -> None:
+def load_encoder(encoder: Encoder, config: Config) -> None:
     """Fill the encoder from ``model.encoder_weights``; 'scratch' leaves it as it was made."""
     source = config.model.encoder_weights
     if source == "scratch":
         return
-    pvt = model.encoder.pvt
+    pvt = encoder.pvt
     path = (
         _hub_file(pvt.pretrained_cfg["hf_hub_id"], ["model.safetensors"], "model.encoder_weights")
         if source == "timm"

@@ -23,7 +23,8 @@ from pvtcap import filelock, shardcache
 from pvtcap.errors import ShardError
 from pvtcap.remote import Retries
 from pvtcap.shardcache import Mirror, NoRoom, ShardCache, default_folder
-from pvtcap.shardformat import ShardFile, file_size, sha256_file
+from pvtcap.shardfiles import file_size, sha256_file
+from pvtcap.shardformat import ShardFile
 
 __all__ = ["small"]  # the fixture
 

@@ -27,7 +27,9 @@ def captioner(tree: dict[str, Any], **model: Any) -> Captioner:
 
 
 def load_encoder(model: Captioner, tree: dict[str, Any], source: object) -> None:
-    weights.load_encoder(model, parse({**tree, "model": {**tree["model"], "encoder_weights": str(source)}}, "test"))
+    weights.load_encoder(
+        model.encoder, parse({**tree, "model": {**tree["model"], "encoder_weights": str(source)}}, "test")
+    )
 
 
 def load_decoder(model: Captioner, tree: dict[str, Any], source: object) -> None:
