@@ -91,6 +91,31 @@ class Board:
         return 0 if info is None else int(info.id)
 
 
+class Rooms:
+    """Memory shared with the worker processes, for the large part of their batches; used again and again.
+
+    torch would give each batch fresh memory, whose pages cost a worker more time than decoding small photos (0.47 of
+    0.55 ms a photo at 384 px). The loader asks a worker for at most ``PREFETCH`` batches beyond the one it hands out,
+    so ``PREFETCH`` + 1 rooms taken in turn never meet, if that one is copied before the next is asked for.
+    """
+
+    PREFETCH = 2
+
+    def __init__(self, workers: int, size_bytes: int) -> None:
+        self._memory: torch.Tensor = torch.empty((workers, self.PREFETCH + 1, size_bytes), dtype=torch.uint8)
+        self._memory.share_memory_()  # type: ignore[no-untyped-call]
+        self._turn = 0  # each worker process counts its own
+
+    def next(self, size_bytes: int) -> torch.Tensor:
+        """(size_bytes,) uint8: in a worker its next room, elsewhere memory of its own."""
+        info = get_worker_info()
+        if info is None or not len(self._memory):
+            return torch.empty(size_bytes, dtype=torch.uint8)
+        self._turn += 1
+        room: torch.Tensor = self._memory[info.id, self._turn % (self.PREFETCH + 1), :size_bytes]
+        return room
+
+
 class Work(Dataset["T | PvtcapError"], Generic[T]):
     """Makes the batch with a number; ``make`` tells the board what it is at."""
 
@@ -137,6 +162,7 @@ def load(
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,
+            prefetch_factor=Rooms.PREFETCH,
             timeout=min(_POLL_S, timeout_s),
         )
         batches = iter(loader)

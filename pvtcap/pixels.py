@@ -2,7 +2,7 @@
 
     augmented(bytes, where, 384, 0.5, 0.5, draw) ─▶ (3, 384, 384)     for training
     whole(bytes, where, 384)                     ─▶ (3, 384, 384)     for everything else
-    stacked([…])                                 ─▶ (B, 3, 384, 384)
+    stacked([…])                                 ─▶ (B, 3, 384, 384); or a part of room(B, 384) as each one's ``out``
 
 All of it lies in memory as decoders write it, the three bytes of a pixel together (torch's channels_last): torch's
 resizing is twice as quick on that, and turning it round would cost as much again. The pixels depend on the bytes and
@@ -50,9 +50,11 @@ def decode(encoded: bytes, where: object) -> Tensor:
     return torch.from_numpy(_decoded(encoded, where)).permute(2, 0, 1)
 
 
-def whole(encoded: bytes, where: object, side_px: int) -> Tensor:
-    """Encoded photo → (3, side, side) uint8, uncropped. Raises UndecodablePhoto."""
-    return _square(_decoded(encoded, where, least_px=side_px), side_px)
+def whole(encoded: bytes, where: object, side_px: int, out: Tensor | None = None) -> Tensor:
+    """Encoded photo → (3, side, side) uint8, uncropped; written to ``out`` where that is given. Raises
+    UndecodablePhoto.
+    """
+    return _square(_decoded(encoded, where, least_px=side_px), side_px, out)
 
 
 def augmented(
@@ -62,9 +64,11 @@ def augmented(
     min_area: float,
     flip_probability: float,
     draw: np.random.Generator,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Encoded photo → (3, side, side) uint8: a random crop of at least ``min_area`` of it with its aspect, made square,
-    perhaps mirrored. Takes four numbers from ``draw``, whatever the photo. Raises UndecodablePhoto.
+    perhaps mirrored; written to ``out`` where that is given. Takes four numbers from ``draw``, whatever the photo.
+    Raises UndecodablePhoto.
     """
     area, top, left, flip = draw.random(4)
     share = float(np.sqrt(min_area + (1 - min_area) * area))
@@ -72,7 +76,7 @@ def augmented(
     height, width = photo.shape[:2]
     crop_height, crop_width = max(1, round(height * share)), max(1, round(width * share))
     y, x = round(top * (height - crop_height)), round(left * (width - crop_width))
-    return _square(photo[y : y + crop_height, x : x + crop_width], side_px, mirrored=flip < flip_probability)
+    return _square(photo[y : y + crop_height, x : x + crop_width], side_px, out, mirrored=flip < flip_probability)
 
 
 def blank(side_px: int) -> Tensor:
@@ -80,22 +84,30 @@ def blank(side_px: int) -> Tensor:
     return torch.full((side_px, side_px, 3), BLANK_LEVEL, dtype=torch.uint8).permute(2, 0, 1)
 
 
+def room(photos: int, side_px: int) -> Tensor:
+    """Room for a batch of photos, (B, 3, side, side) uint8, channels_last: what ``out`` is a part of."""
+    return torch.empty((photos, side_px, side_px, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
 def stacked(photos: Sequence[Tensor]) -> Tensor:
     """B photos (3, H, W) of one size → (B, 3, H, W), channels_last. torch.stack would turn each of them round."""
-    _, height, width = photos[0].shape
-    batch = torch.empty((len(photos), height, width, 3), dtype=torch.uint8)
+    batch = room(len(photos), photos[0].shape[1])
     for place, photo in zip(batch, photos, strict=True):
-        place.copy_(photo.permute(1, 2, 0))
-    return batch.permute(0, 3, 1, 2)
+        place.copy_(photo)
+    return batch
 
 
-def _square(photo: Pixels, side_px: int, mirrored: bool = False) -> Tensor:
+def _square(photo: Pixels, side_px: int, out: Tensor | None = None, mirrored: bool = False) -> Tensor:
     """(H, W, 3) → (3, side, side), antialiased bicubic; the aspect is given up, as BLIP does."""
     # Without gaps between rows, or torch takes a slow way. Mirroring the crop costs less than mirroring the result: it
     # is the copy that is made anyway.
     lying = torch.from_numpy(photo).flip(1) if mirrored else torch.from_numpy(np.ascontiguousarray(photo))
     standing = lying[None].permute(0, 3, 1, 2)
-    return functional.interpolate(standing, [side_px, side_px], mode="bicubic", antialias=True)[0]
+    if out is None:
+        return functional.interpolate(standing, [side_px, side_px], mode="bicubic", antialias=True)[0]
+    # What interpolate() calls, but for its ``out``: a batch's memory is written once, and used again for the next one.
+    torch.ops.aten._upsample_bicubic2d_aa.out(standing, [side_px, side_px], False, None, None, out=out[None])
+    return out
 
 
 def _decoded(encoded: bytes, where: object, least_px: int | None = None, share: float = 1.0) -> Pixels:

@@ -12,6 +12,7 @@ own device. Example::
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from torch import Tensor
 from pvtcap import featureformat, pixels
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
-from pvtcap.loader import Work, load
+from pvtcap.loader import Rooms, Work, load
 from pvtcap.order import Place, generator
 from pvtcap.readahead import ReadAhead
 from pvtcap.shardformat import FeatureFormat
@@ -92,7 +93,20 @@ class View:
     tokenizer: CaptionTokenizer
     max_tokens: int
 
-    def collate(self, photos: list[Tensor], samples: list[Sample], captions: list[list[str]]) -> Batch:
+    def photo_bytes(self, shardset: ShardSet) -> int:
+        """What a photo of it, or its features, take in a batch."""
+        features = shardset.manifest.features
+        return 3 * self.data.image_px**2 if features is None else 2 * math.prod(features.shape)
+
+    def room(self, rooms: Rooms, photos: int, features: FeatureFormat | None) -> Tensor:
+        """Where the photos of a batch go: uint8 (B, 3, side, side), channels_last; of features float16 (B, E, h, w)."""
+        if features is not None:
+            shape = photos, *features.shape
+            return rooms.next(2 * math.prod(shape)).view(torch.float16).view(shape)
+        side_px = self.data.image_px
+        return rooms.next(photos * side_px * side_px * 3).view(photos, side_px, side_px, 3).permute(0, 3, 1, 2)
+
+    def collate(self, photos: Tensor, samples: list[Sample], captions: list[list[str]]) -> Batch:
         """Rows without captions get one, empty, and no labels."""
         packed = [self.tokenizer.pack(chosen or [""], self.max_tokens) for chosen in captions]
         rows = pad_rows(packed, self.tokenizer.pad_id)
@@ -100,7 +114,7 @@ class View:
             if not chosen:
                 rows.labels[row] = IGNORE
         return Batch(
-            photos=pixels.stacked(photos) if photos[0].dtype == torch.uint8 else torch.stack(photos),
+            photos=photos,
             tokens=torch.from_numpy(rows.tokens),
             labels=torch.from_numpy(rows.labels),
             positions=torch.from_numpy(rows.positions),
@@ -154,7 +168,14 @@ def _read_ahead(
             yield ReadAhead(shardset, mine, max_bytes=max_bytes, max_shards=_MOST_AHEAD)
 
 
-class _TrainBatches(Work[Batch]):
+class _Batches(Work[Batch]):
+    """``rooms`` is where workers leave the photos of their batches, each of at most ``room_bytes``."""
+
+    rooms: Rooms
+    room_bytes: int
+
+
+class _TrainBatches(_Batches):
     """Batch ``step * accumulation + turn`` is a micro-batch of one rank, whose slots are neighbours in the order."""
 
     def __init__(self, sources: Sources, view: View, plan: BatchPlan, rank: int, seed: int) -> None:
@@ -165,13 +186,15 @@ class _TrainBatches(Work[Batch]):
         # The windows of its lanes, and a shard more of each where one ends; more would fill the cache for nothing.
         max_open = len(self.order.lanes(self.slots)) * (view.data.shuffle_window_shards + 1)
         self.reader = SourceReader(sources, min(max_open, _MOST_OPEN))
+        self.room_bytes = plan.micro_batch * view.photo_bytes(sources.shardsets[0])
 
     def make(self, number: int) -> Batch:
         step, turn = divmod(number, self.plan.accumulation)
         first = step * self.plan.global_batch + self.slots.start + turn * self.plan.micro_batch
         places = [self.order.place(position) for position in range(first, first + self.plan.micro_batch)]
-        photos, samples, captions, bad = [], [], [], []
-        for place in places:
+        photos = self.view.room(self.rooms, len(places), self.reader.features(places[0]))
+        samples, captions, bad = [], [], []
+        for place, photo in zip(places, photos, strict=True):
             self.board.begin(self.reader.number(place), fetching=self.reader.is_remote(place))
             where = self.reader.where(place)
             self.board.begin(where)
@@ -179,11 +202,10 @@ class _TrainBatches(Work[Batch]):
             sample = self.reader.read(place)
             chosen = self._chosen_captions(sample, draw)
             try:
-                photo = self._photo(sample, where, self.reader.features(place), draw)
+                self._show(sample, where, photo, self.reader.features(place), draw)
             except pixels.UndecodablePhoto as error:
                 bad.append(BadSample(place, where, sample.key, error.reason))
-                photo, chosen = pixels.blank(self.view.data.image_px), []
-            photos.append(photo)
+                photo[:], chosen = pixels.BLANK_LEVEL, []
             samples.append(sample)
             captions.append(chosen)
         return replace(self.view.collate(photos, samples, captions), places=tuple(places), bad=tuple(bad))
@@ -192,55 +214,68 @@ class _TrainBatches(Work[Batch]):
         chosen = draw.permutation(len(sample.captions))[: self.view.data.captions_per_photo]
         return [sample.captions[number] for number in sorted(chosen)]
 
-    def _photo(self, sample: Sample, where: str, features: FeatureFormat | None, draw: np.random.Generator) -> Tensor:
+    def _show(
+        self, sample: Sample, where: str, photo: Tensor, features: FeatureFormat | None, draw: np.random.Generator
+    ) -> None:
         data = self.view.data
         if features is not None:
-            return featureformat.load(sample.photo, features, int(draw.integers(len(features.views))), where)
-        if data.blank_photos:
-            return pixels.blank(data.image_px)
-        return pixels.augmented(sample.photo, where, data.image_px, data.crop_min_area, data.flip_probability, draw)
+            photo.copy_(featureformat.load(sample.photo, features, int(draw.integers(len(features.views))), where))
+        elif data.blank_photos:
+            photo[:] = pixels.BLANK_LEVEL
+        else:
+            crop, flip = data.crop_min_area, data.flip_probability
+            pixels.augmented(sample.photo, where, data.image_px, crop, flip, draw, out=photo)
 
 
-class _WholeBatches(Work[Batch]):
+class _WholeBatches(_Batches):
     """Batch n is samples n * micro_batch … of the set in storage order."""
 
     def __init__(self, shardset: ShardSet, view: View, micro_batch: int) -> None:
         self.shardset, self.view, self.micro_batch = shardset, view, micro_batch
         self.reader = ShardReader(shardset, max_open=2)  # it goes through them in order
         self.starts = np.cumsum([0, *shardset.sizes])
+        self.room_bytes = min(micro_batch, shardset.num_samples) * view.photo_bytes(shardset)
 
     def __len__(self) -> int:
         return -(-self.shardset.num_samples // self.micro_batch)
 
     def make(self, number: int) -> Batch:
         first = number * self.micro_batch
-        photos, samples = [], []
-        for position in range(first, min(first + self.micro_batch, self.shardset.num_samples)):
+        positions = range(first, min(first + self.micro_batch, self.shardset.num_samples))
+        photos = self.view.room(self.rooms, len(positions), self.shardset.manifest.features)
+        samples = []
+        for position, photo in zip(positions, photos, strict=True):
             shard = int(np.searchsorted(self.starts, position, side="right")) - 1
             index = position - int(self.starts[shard])
             self.board.begin(self.reader.number(shard, index), fetching=self.shardset.mirror is not None)
             where = self.reader.where(shard, index)
             self.board.begin(where)
             sample = self.reader.read(shard, index)
-            photos.append(self._photo(sample, where))
+            self._show(sample, where, photo)
             samples.append(sample)
         return self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
 
-    def _photo(self, sample: Sample, where: str) -> Tensor:
+    def _show(self, sample: Sample, where: str, photo: Tensor) -> None:
         side_px, features = self.view.data.image_px, self.shardset.manifest.features
         if features is not None:
-            return featureformat.load(sample.photo, features, featureformat.SQUARE, where)
-        if self.view.data.blank_photos:
-            return pixels.blank(side_px)
-        return pixels.whole(sample.photo, where, side_px)
+            photo.copy_(featureformat.load(sample.photo, features, featureformat.SQUARE, where))
+        elif self.view.data.blank_photos:
+            photo[:] = pixels.BLANK_LEVEL
+        else:
+            pixels.whole(sample.photo, where, side_px, out=photo)
 
 
-def _load(work: Work[Batch], numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:
-    return load(
+def _load(work: _Batches, numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:
+    workers, on_gpu = view.data.workers, world.device.type == "cuda"
+    work.rooms = Rooms(workers, work.room_bytes)
+    batches = load(
         work,
         numbers,
-        workers=view.data.workers,
+        workers=workers,
         timeout_s=view.data.worker_timeout_s,
         rank=world.rank,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=on_gpu,
     )
+    for batch in batches:
+        # Out of the worker's room before another batch is asked for; pinning has copied it already.
+        yield batch if on_gpu or not workers else replace(batch, photos=batch.photos.clone())
