@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots"},
-    {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
+    {"shardformat", "processes", "distribution", "addresses", "robots", "bootstrap", "java", "jobs", "ptb"},
+    {"recipes", "dist", "order", "shardset", "tarwalk", "scorers"},
+    {"config", "metrics", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
     {"photosource"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
