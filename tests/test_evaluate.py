@@ -15,7 +15,7 @@ from pvtcap.config import parse
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError
 from pvtcap.evaluate import Captioned, merge
-from pvtcap.scoretable import read_report, score_table
+from pvtcap.scoretable import read_report, reasons, score_table
 from pvtcap.shardset import ShardSet
 
 FILES = ["captions.jsonl", "captions.png", "results.json", "scores.json"]
@@ -126,7 +126,8 @@ def test_a_table_of_several_evaluations() -> None:
     text = console.export_text()
     assert "0.5000" in text
     assert "0.2500" in text
-    assert "unavailable: no Java" in text
+    assert "unavailable" in text
+    assert reasons({"one": one}) == ["METEOR is unavailable: no Java"]
     assert "1,000" in text
 
 

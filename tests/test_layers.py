@@ -15,10 +15,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots", "bootstrap", "java", "jobs", "ptb"},
+    {
+        "shardformat",
+        "processes",
+        "distribution",
+        "addresses",
+        "robots",
+        "bootstrap",
+        "java",
+        "jobs",
+        "ptb",
+        "cocofiles",
+    },
     {"recipes", "dist", "order", "shardset", "tarwalk", "scorers"},
     {"config", "metrics", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
-    {"photosource"},
+    {"photosource", "comparison"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
     {"shardfolder", "buildreport"},
@@ -27,6 +38,7 @@ LEVELS = [
     {"weights", "engine", "monitor", "cococaptions"},
     {"checkpoint"},
     {"train", "evaluate", "caption", "shardcommands"},
+    {"evaluationcommands"},
     {"cli"},
     {"__main__"},
 ]
