@@ -150,27 +150,49 @@ def compare(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")],
     data: Annotated[Path, typer.Option(help="ShardSet folder with reference captions.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.json, scores.json and captions.png.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, scores.json, report.html and pictures.")],
     num_beams: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling, with --num-beams 1.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2)] = None,
     min_length: Annotated[int | None, typer.Option(min=0)] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1)] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    java_heap_mib: Annotated[int | None, typer.Option(min=1, help="MiB of heap for each java.")] = None,
     blank_photos: Annotated[bool, typer.Option(help="Show the model grey pictures instead.")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option(help="Go on without photos that cannot be read; scores.json names them.")
+    ] = False,
+    training: Annotated[
+        Path | None, typer.Option(help="The ShardSet trained on: how many of the captions are novel?")
+    ] = None,
 ) -> None:
-    """Caption a whole ShardSet and score it, on any number of ranks. Unset options are the checkpoint's."""
+    """Caption a whole ShardSet and score it, on any number of ranks. Unset options are the checkpoint's.
+
+    Killed, it goes on from what its ranks had captioned when the same command is given again.
+    """
     from pvtcap import evaluate as evaluation
     from pvtcap.checkpoint import Checkpoint
     from pvtcap.dist import World
 
-    given = {"num_beams": num_beams, "max_length": max_length, "min_length": min_length, "micro_batch": micro_batch}
+    given: dict[str, Any] = {
+        "num_beams": num_beams,
+        "top_p": top_p,
+        "max_length": max_length,
+        "min_length": min_length,
+        "micro_batch": micro_batch,
+        "precision": precision,
+        "java_heap_mib": java_heap_mib,
+    }
     changed = {name: value for name, value in given.items() if value is not None}
     with World.start() as world:
-        how = world.on_first_rank(lambda: Checkpoint.open(checkpoint)).config.evaluate.model_copy(update=changed)
-        report = evaluation.run(checkpoint, data, out, world, how, blank_photos=blank_photos)
+        how = world.on_first_rank(lambda: Checkpoint.open(checkpoint).config.with_evaluate(changed))
+        report = evaluation.run(
+            checkpoint, data, out, world, how, blank_photos=blank_photos, allow_missing=allow_missing, training=training
+        )
     if report is not None:
         from rich.console import Console
 
         title = f"{report['checkpoint']} on {report['data']}" + (", photos blanked" if blank_photos else "")
         console = Console(highlight=False)
         _print_scores(console, {"value": report}, title)
-        console.print(f"{out}: results.json, scores.json, captions.jsonl, captions.png")
+        console.print(f"{out}: report.html, results.json, scores.json, captions.jsonl, captions.png, worst.png")

@@ -11,7 +11,7 @@ own device. Example::
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from pvtcap import pixels
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
-from pvtcap.errors import PvtcapError
+from pvtcap.errors import PvtcapError, ShardError
 from pvtcap.order import Order, Place, generator
 from pvtcap.processes import start_worker
 from pvtcap.shardset import Sample, ShardReader, ShardSet
@@ -47,6 +47,8 @@ class Batch:
     segments: Tensor
     samples: tuple[Sample, ...]
     num_captions: int
+    missing: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of photos that could not be read, where those are allowed for; they are not in the tensors."""
 
     @property
     def num_labels(self) -> int:
@@ -92,15 +94,24 @@ def train_batches(view: View, plan: BatchPlan, world: World, *, seed: int, first
     return _load(_TrainBatches(view, plan, world.rank, seed), _count_from(first_step * plan.accumulation), view, world)
 
 
-def whole_batches(view: View, micro_batch: int, world: World, *, even: bool) -> Iterator[Batch]:
+def whole_batches(
+    view: View,
+    micro_batch: int,
+    world: World,
+    *,
+    even: bool,
+    numbers: Sequence[int] | None = None,
+    allow_missing: bool = False,
+) -> Iterator[Batch]:
     """This rank's part of the whole set in storage order: photos uncropped, all captions, each sample exactly once.
 
     The set is cut into batches first and then dealt to ranks, so a batch is the same at any world size. With ``even``
     every rank gets as many batches as any other (each forward pass of ZeRO-3 is a collective): a rank with nothing left
-    repeats the set's first batch without labels or samples.
+    repeats the set's first batch without labels or samples. ``numbers`` are the batches to give instead of this rank's;
+    with ``allow_missing`` a photo that cannot be read is in its batch's ``missing``, and not an error.
     """
-    batches = _WholeBatches(view, micro_batch)
-    mine = range(world.rank, len(batches), world.size)
+    batches = _WholeBatches(view, micro_batch, allow_missing)
+    mine = range(world.rank, len(batches), world.size) if numbers is None else numbers
     yield from _load(batches, mine, view, world)
     if even and len(mine) < -(-len(batches) // world.size):
         yield _unwrap(batches[0]).without_labels()
@@ -145,8 +156,8 @@ class _TrainBatches(Dataset["Batch | PvtcapError"]):
 class _WholeBatches(Dataset["Batch | PvtcapError"]):
     """Item n is samples n * micro_batch … of the set in storage order."""
 
-    def __init__(self, view: View, micro_batch: int) -> None:
-        self.view, self.micro_batch = view, micro_batch
+    def __init__(self, view: View, micro_batch: int, allow_missing: bool) -> None:
+        self.view, self.micro_batch, self.allow_missing = view, micro_batch, allow_missing
         self.reader = ShardReader(view.shardset)
         self.starts = np.cumsum([0, *view.shardset.sizes])
 
@@ -155,16 +166,27 @@ class _WholeBatches(Dataset["Batch | PvtcapError"]):
 
     def __getitem__(self, number: int) -> Batch | PvtcapError:
         start = number * self.micro_batch
-        photos, samples = [], []
+        photos, samples, missing = [], [], []
         try:
             for position in range(start, min(start + self.micro_batch, self.view.shardset.num_samples)):
                 shard = int(np.searchsorted(self.starts, position, side="right")) - 1
                 index = position - int(self.starts[shard])
-                samples.append(self.reader.read(shard, index))
-                photos.append(self._photo(samples[-1], shard, index))
+                try:
+                    sample = self.reader.read(shard, index)
+                    photo = self._photo(sample, shard, index)
+                except ShardError as error:
+                    if not self.allow_missing:
+                        raise
+                    missing.append((self.reader.key(shard, index), str(error)))
+                    continue
+                samples.append(sample)
+                photos.append(photo)
         except PvtcapError as error:
             return error
-        return self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
+        if not photos:
+            return replace(self.view.collate([pixels.blank(1)], [], [[""]]), missing=tuple(missing))
+        batch = self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
+        return replace(batch, missing=tuple(missing))
 
     def _photo(self, sample: Sample, shard: int, index: int) -> Tensor:
         side_px = self.view.data.image_px
