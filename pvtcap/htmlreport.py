@@ -44,8 +44,11 @@ def page(report: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], photo: 
     ]
     notes = [f"{name} is unavailable: {reason}" for name, reason in report["unavailable"].items()]
     if report["num_missing"]:
-        keys = ", ".join(one["key"] for one in report["missing"][:10])
-        notes.append(f"{report['num_missing']:,} photos could not be read and are in no score: {keys} …")
+        keys = [one["key"] for one in report["missing"]]
+        some_keys = ", ".join(keys[:10]) + ", …" * (len(keys) > 10)
+        notes.append(
+            f"Not readable, and in no score: {len(keys):,} of {len(keys) + len(ranked):,} photos ({some_keys})"
+        )
     draw = np.random.default_rng(SEED)
     some = sorted(draw.permutation(len(ranked))[:NUM_RANDOM])
     sections = {
@@ -60,8 +63,8 @@ def page(report: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], photo: 
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
         f'<p class="about">{escape(" · ".join(filter(None, words)))}</p>'
         f"{_scores(report)}{''.join(f'<p class=note>{escape(note)}</p>' for note in notes)}"
-        '<p class="about">Intervals are 95%, by bootstrap over photos. Photos are ranked by their own CIDEr; of equal '
-        f"ones the first in the ShardSet is the worst.</p>{body}</body></html>\n"
+        '<p class="about">Intervals are 95%, by bootstrap over photos. Photos are ranked by their own CIDEr, '
+        f"equal ones by ROUGE-L.</p>{body}</body></html>\n"
     )
 
 

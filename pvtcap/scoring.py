@@ -31,7 +31,7 @@ RESULTS, SHEET, WORST, REPORT, EVALUATION = (
     "report.html",
     "evaluation.json",
 )
-_BY = ("CIDEr", "ROUGE_L", "Bleu_1")  # which of a photo's scores says how good its caption is: the first there is
+_BY = ("CIDEr", "ROUGE_L", "Bleu_1")  # which of a photo's scores say how good its caption is; the next, of equal ones
 
 
 def prepare(
@@ -180,8 +180,8 @@ class Scoring:
             self._running = step, out, process
 
 
-def _goodness(row: dict[str, Any]) -> float:
-    return next((row["scores"][name] for name in _BY if name in row["scores"]), 0.0)
+def _goodness(row: dict[str, Any]) -> list[float]:
+    return [row["scores"].get(name, 0.0) for name in _BY]
 
 
 def _training_captions(folder: str | None) -> Iterator[str] | None:
