@@ -130,7 +130,7 @@ def compare(
     """Show the scores of several evaluations side by side; of two on the same images also by how much one is better."""
     from rich.console import Console
 
-    from pvtcap.comparison import PerImage, differences
+    from pvtcap.comparison import CAPTIONS, PerImage, differences
     from pvtcap.scoretable import difference_table, read_report
 
     reports, folders = {}, {}
@@ -141,7 +141,7 @@ def compare(
         reports[name], folders[name] = read_report(path), path
     console = Console(highlight=False)
     _print_scores(console, reports)
-    if len(reports) == 2:
+    if len(reports) == 2 and all((folder / CAPTIONS).exists() for folder in folders.values()):
         per_image = [PerImage.read(folders[name], reports[name]["scores"]) for name in reports]
         if per_image[0].ids == per_image[1].ids:
             console.print(difference_table(differences(per_image[0], per_image[1]), *reports))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,8 +22,9 @@ from pvtcap import scoring
 from pvtcap.checkpoint import MANIFEST, TRAINABLE, Checkpoint
 from pvtcap.config import parse
 from pvtcap.dist import World
-from pvtcap.errors import EvaluationError, ShardError
+from pvtcap.errors import ConfigError, EvaluationError, ShardError
 from pvtcap.shardset import ShardSet, sha256_file
+from pvtcap.stream import View, whole_batches
 from pvtcap.text import CaptionTokenizer
 
 LEFT = ["captions.jsonl", "evaluation.json"]
@@ -84,6 +86,36 @@ def test_any_number_of_ranks_leaves_the_same_bytes_killed_or_not(
         assert sorted(path.name for path in Path(out).iterdir()) == LEFT
         for name in LEFT:
             assert (Path(out) / name).read_bytes() == (alone / name).read_bytes(), (out, name)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_tokens(checkpoint: Path, shapes: Path, alone: Path) -> None:
+    opened = Checkpoint.open(checkpoint)
+    model, tokenizer = opened.captioner(torch.device("cpu")), opened.tokenizer()
+    view = View(ShardSet.open(shapes / "val"), opened.config.data, tokenizer, opened.config.text.max_tokens)
+    (batch,) = whole_batches(view, 11, World.alone("cpu"), even=False)
+    with torch.inference_mode():
+        expected = float(model(batch)) / batch.num_labels
+    report = json.loads((alone / "evaluation.json").read_text())["report"]
+    assert report["loss"] == pytest.approx(expected, rel=1e-5)
+    assert report["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("changed", [{"precision": "bf16"}, {"precision": "fp16"}, {"num_beams": 1, "top_p": 0.9}])
+def test_other_ways_to_generate(checkpoint: Path, shapes: Path, alone: Path, tmp_path: Path, changed: Any) -> None:
+    how = Checkpoint.open(checkpoint).config.with_evaluate(changed)
+    for out in ("one", "again"):
+        evaluation.caption_all(checkpoint, shapes / "val", tmp_path / out, World.alone("cpu"), how)
+    assert (tmp_path / "one" / LEFT[0]).read_bytes() == (tmp_path / "again" / LEFT[0]).read_bytes()
+    loss, exact = (json.loads((out / LEFT[1]).read_text())["report"]["loss"] for out in (tmp_path / "one", alone))
+    assert loss == pytest.approx(exact, rel=0.05)
+
+
+def test_settings_that_cannot_be_are_one_line(checkpoint: Path) -> None:
+    config = Checkpoint.open(checkpoint).config
+    with pytest.raises(ConfigError, match="set num_beams to 1"):
+        config.with_evaluate({"top_p": 0.9})
+    with pytest.raises(ConfigError, match=r"bad value for 'evaluate\.precision'; got 'fp8'"):
+        config.with_evaluate({"precision": "fp8"})
 
 
 def test_captions_that_only_wait_for_their_scores_are_not_made_again(

@@ -195,6 +195,14 @@ def test_a_metric_whose_java_dies_gives_its_reason_at_once(tmp_path, monkeypatch
     check_only_meteor_is_lost(scores, "no memory")
 
 
+def test_a_jar_killed_in_mid_scoring_loses_its_metric_alone(tmp_path, monkeypatch):
+    answers = "for n in 1 2; do read line; echo 5 5 2 2 3 3 2 2 0 0 0 0 0 0 0 0 0 0 0 0 1 5 5; done"
+    fake_java(tmp_path, monkeypatch, meteor=f"{answers}; read line; kill -KILL $$")
+    scores = metrics.score(REFERENCES, CANDIDATES, WITHOUT_SPICE, timeout_s=60)
+    check_only_meteor_is_lost(scores, "java stopped answering")
+    assert set(scores.intervals) == set(NAMES) - {"METEOR"}
+
+
 def test_a_metric_that_answers_nonsense_is_unavailable(tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, meteor="while read line; do for n in 1 2 3 4 5 6; do echo nan; done; done; exit")
     check_only_meteor_is_lost(metrics.score(REFERENCES, CANDIDATES, WITHOUT_SPICE, timeout_s=60), "not a finite number")
