@@ -7,7 +7,8 @@
     score       5,000 photos with five references: ``pvtcap.metrics.score`` (without intervals, as the peer has none)
                 and pycocoevalcap's own order: the tokenizer, BLEU, METEOR, ROUGE-L, CIDEr, one after the other
 
-The peers take turns; the median of --repeat. Random weights never end a caption early, which is the longest there is.
+The peers take turns; the median of --repeat. On a machine with other work, look at the CPU seconds (the ranks' contain
+their start). Random weights never end a caption early, which is the longest there is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from pvtcap.config import EvaluateConfig, ModelConfig
 from pvtcap.decoder import Decoder
 
 ROOT = Path(__file__).parents[1]
+Run = tuple[float, float]
 PREFIX, END, PAD, VOCAB = [30522, 1037, 3861, 1997], 102, 0, 30524  # [DEC] a picture of
 PATCHES, WIDTH = 144, 768  # a photo of 384 px
 
@@ -54,10 +57,16 @@ print(json.dumps([*scores[0], *scores[1:]]))
 """
 
 
-def measured(task: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def measured(task: Callable[[], object]) -> Run:
+    """(seconds, CPU seconds of this process and of those it started)."""
+
+    def cpu_s() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    started, cpu_before = time.perf_counter(), cpu_s()
     task()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, cpu_s() - cpu_before
 
 
 def features(batch: int, seed: int) -> torch.Tensor:
@@ -74,6 +83,7 @@ def blip_of(decoder: Decoder) -> Any:
     from transformers import BlipConfig, BlipForConditionalGeneration
 
     text = {"vocab_size": VOCAB, "encoder_hidden_size": WIDTH, "bos_token_id": PREFIX[0], "sep_token_id": END}
+    text |= {"num_attention_heads": 12}  # as in the published model; the default is 8
     config = BlipConfig(
         text_config={**text, "pad_token_id": PAD, "eos_token_id": END}, vision_config={"num_hidden_layers": 1}
     )
@@ -84,7 +94,7 @@ def blip_of(decoder: Decoder) -> Any:
     return model
 
 
-def generation(args: argparse.Namespace) -> dict[str, list[float]]:
+def generation(args: argparse.Namespace) -> dict[str, list[Run]]:
     decoder, photos = our_decoder(), features(args.batch, 1)
     blip = blip_of(decoder)
     how = EvaluateConfig(num_beams=3, max_length=20, min_length=5)
@@ -98,12 +108,12 @@ def generation(args: argparse.Namespace) -> dict[str, list[float]]:
         lengths = {"max_length": 20, "min_length": 5}
         ids["transformers"] = blip.generate(photos, input_ids=given, num_beams=3, do_sample=False, **lengths)
 
-    seen: dict[str, list[float]] = {"pvtcap": [], "transformers": []}
+    seen: dict[str, list[Run]] = {"pvtcap": [], "transformers": []}
     for turn in range(args.repeat + 1):
         for name, task in (("pvtcap", ours), ("transformers", theirs)):
-            seconds = measured(task)
+            run = measured(task)
             if turn:  # the first warms up
-                seen[name].append(seconds)
+                seen[name].append(run)
     assert ids["pvtcap"].tolist() == ids["transformers"].tolist(), "other captions than transformers'"
     return seen
 
@@ -119,8 +129,8 @@ def one_rank(rank: int, size: int, batches: int, batch: int) -> None:
         decoder.generate(features(batch, number), PREFIX, END, PAD, how)
 
 
-def ranks(args: argparse.Namespace) -> dict[str, list[float]]:
-    seen: dict[str, list[float]] = {"1 rank": [], "2 ranks": []}
+def ranks(args: argparse.Namespace) -> dict[str, list[Run]]:
+    seen: dict[str, list[Run]] = {"1 rank": [], "2 ranks": []}
     for _ in range(args.repeat):
         for size, name in ((1, "1 rank"), (2, "2 ranks")):
             words = [sys.executable, __file__, "--batch", args.batch, "--batches", args.batches]
@@ -148,13 +158,13 @@ def ranks(args: argparse.Namespace) -> dict[str, list[float]]:
     return seen
 
 
-def scoring(args: argparse.Namespace) -> dict[str, list[float]]:
+def scoring(args: argparse.Namespace) -> dict[str, list[Run]]:
     references = dict(list(read_references(args.references).items())[: args.photos])
     draw, keys = np.random.default_rng(0), list(references)
     # Captions as a middling model would say: another person's of the same photo, or of another one.
     candidates = {key: references[key if draw.random() < 0.5 else draw.choice(keys)][-1] for key in keys}
     references = {key: captions[:-1] if len(captions) > 1 else captions for key, captions in references.items()}
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Run]] = {}
 
     def ours() -> None:
         wanted = [metric for metric in metrics.METRICS if metric != "SPICE"]
@@ -162,7 +172,7 @@ def scoring(args: argparse.Namespace) -> dict[str, list[float]]:
             value or 0.0 for value in metrics.score(references, candidates, wanted, resamples=0).values.values()
         ]
 
-    seen: dict[str, list[float]] = {"pvtcap": [], "pycocoevalcap": []}
+    seen: dict[str, list[Run]] = {"pvtcap": [], "pycocoevalcap": []}
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "captions.json"
         given.write_text(json.dumps([references, {key: [caption] for key, caption in candidates.items()}]))
@@ -200,21 +210,24 @@ def main() -> None:
         ("ranks", ranks(args), args.batch * args.batches, "1 rank"),
         ("score", scoring(args) if args.references else {}, args.photos, "pycocoevalcap"),
     ):
-        for name, seconds in seen.items():
-            median = statistics.median(seconds)
-            to_peer = statistics.median(seen[peer]) / median
-            rows.append({"what": what, "who": name, "seconds": seconds, "per_s": amount / median, "to_peer": to_peer})
+        for name, runs in seen.items():
+            medians = [statistics.median(run[i] for run in runs) for i in (0, 1)]
+            to_peer = [statistics.median(run[i] for run in seen[peer]) / medians[i] for i in (0, 1)]
+            row = {"what": what, "who": name, "runs": runs, "captions_per_s": amount / medians[0]}
+            rows.append({**row, "speed_to_peer": to_peer[0], "cpu_speed_to_peer": to_peer[1]})
     report(rows, args)
 
 
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     title = f"batches of {args.batch}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs"
     table = Table("", "", title=title)
-    for column in ("seconds", "captions/s", "times the peer's speed"):
+    columns = ("seconds", "captions/s", "times the peer's speed", "by CPU seconds")
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        seconds = f"{statistics.median(row['seconds']):.2f}"
-        table.add_row(row["what"], row["who"], seconds, f"{row['per_s']:.2f}", f"{row['to_peer']:.2f}")
+        seconds = statistics.median(run[0] for run in row["runs"])
+        numbers = (seconds, row["captions_per_s"], row["speed_to_peer"], row["cpu_speed_to_peer"])
+        table.add_row(row["what"], row["who"], *(f"{number:.2f}" for number in numbers))
     Console().print(table)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
