@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 NUM_WORST, NUM_BEST, NUM_RANDOM, SEED = 20, 12, 12, 0
-_PHOTO_PX, _QUALITY = 320, 80
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #1c1c1c; }
@@ -29,7 +26,7 @@ color: #666; font-size: 13px; } .score { float: right; margin-left: .6rem; color
 
 
 def page(report: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], photo: Callable[[str], bytes]) -> str:
-    """The page of scores.json's ``report`` and its photos, the worst first; ``photo`` gives a key's encoded bytes.
+    """The page of scores.json's ``report`` and its photos, the worst first; ``photo`` gives a key's JPEG.
 
     A photo that is in several sections is in the page once for each.
     """
@@ -91,17 +88,9 @@ def _photos(rows: Sequence[Mapping[str, Any]], photo: Callable[[str], bytes]) ->
         score = f"CIDEr {row['scores']['CIDEr']:.2f}" if "CIDEr" in row["scores"] else ""
         references = "".join(f"<li>{escape(reference)}</li>" for reference in row["references"])
         caption, key = escape(row["caption"]) or "<i>nothing</i>", escape(row["key"])
+        jpeg = base64.b64encode(photo(row["key"])).decode()
         figures.append(
-            f'<figure><img src="{_embedded(photo(row["key"]))}" alt="{key}" title="{key}">'
+            f'<figure><img src="data:image/jpeg;base64,{jpeg}" alt="{key}" title="{key}">'
             f'<figcaption><span class="score">{score}</span><b>{caption}</b><ul>{references}</ul></figcaption></figure>'
         )
     return f'<div class="photos">{"".join(figures)}</div>'
-
-
-def _embedded(encoded: bytes) -> str:
-    with Image.open(io.BytesIO(encoded)) as image:
-        rgb = image.convert("RGB")
-    rgb.thumbnail((_PHOTO_PX, _PHOTO_PX))
-    out = io.BytesIO()
-    rgb.save(out, "JPEG", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

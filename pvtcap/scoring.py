@@ -8,6 +8,7 @@ run in the process that captioned, in another one beside a training run (``Scori
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from pvtcap import htmlreport, metrics, sheet
 from pvtcap.comparison import CAPTIONS
-from pvtcap.errors import PvtcapError
+from pvtcap.errors import PvtcapError, ShardError
+from pvtcap.photo import BadPhoto, pillow_errors, upright_rgb
 from pvtcap.scoretable import SCORES
 from pvtcap.shardset import ShardReader, ShardSet, write_json
 
@@ -31,6 +35,7 @@ RESULTS, SHEET, WORST, REPORT, EVALUATION = (
     "report.html",
     "evaluation.json",
 )
+_PHOTO_PX, _QUALITY = 320, 85
 _BY = ("CIDEr", "ROUGE_L", "Bleu_1")  # which of a photo's scores say how good its caption is; the next, of equal ones
 
 
@@ -94,7 +99,7 @@ def finish(out: Path) -> dict[str, Any]:
 
 
 class Photos:
-    """Encoded photos of a ShardSet by key."""
+    """Small JPEGs of a ShardSet's photos, upright, by key; grey where one cannot be read (it may be blanked, too)."""
 
     def __init__(self, shardset: ShardSet) -> None:
         self.reader = ShardReader(shardset)
@@ -102,7 +107,16 @@ class Photos:
         self.places = dict(zip(shardset.keys(), places, strict=True))
 
     def read(self, key: str) -> bytes:
-        return self.reader.read(*self.places[key]).photo
+        try:
+            encoded = self.reader.read(*self.places[key]).photo
+            with pillow_errors(), Image.open(io.BytesIO(encoded)) as image:
+                rgb = upright_rgb(image)
+        except (BadPhoto, ShardError):
+            rgb = Image.new("RGB", (_PHOTO_PX, _PHOTO_PX), "#808080")
+        rgb.thumbnail((_PHOTO_PX, _PHOTO_PX))
+        out = io.BytesIO()
+        rgb.save(out, "JPEG", quality=_QUALITY)
+        return out.getvalue()
 
 
 @dataclass(frozen=True)

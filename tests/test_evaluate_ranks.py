@@ -177,6 +177,10 @@ def test_a_photo_that_cannot_be_read_is_refused_or_counted(checkpoint: Path, sha
     assert (report["num_photos"], report["num_missing"]) == (8, 3)
     assert [one["key"] for one in report["missing"]] == [keys[4], keys[6], keys[7]]
     assert "not a photo" in report["missing"][0]["reason"]
+    # One that cannot be shown is grey in the report.
+    caption(checkpoint, bad, tmp_path / "blank", blank_photos=True)
+    photos = scoring.Photos(ShardSet.open(bad))
+    assert photos.read(keys[4]) == photos.read(keys[6]) != photos.read(keys[0])
     with pytest.raises(EvaluationError, match="no photo could be read; got 11 unreadable"):
         caption(
             checkpoint, damaged(shapes / "val", tmp_path / "all", *range(11)), tmp_path / "none", allow_missing=True
@@ -224,11 +228,7 @@ def test_the_page_escapes_what_models_and_people_say(alone: Path) -> None:
         "scores": {"CIDEr": None}, "intervals": {}, "unavailable": {"CIDEr": "<no>"}, "statistics": {},
         "tokenizer": "", **json.loads((alone / "evaluation.json").read_text())["report"],
     }  # fmt: skip
-    png = bytes.fromhex(
-        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
-        "0000000c49444154789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
-    )
-    text = page(report, [row], lambda key: png)
+    text = page(report, [row], lambda key: b"jpeg")
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "x &amp; y" in text
