@@ -26,7 +26,7 @@ import torch
 
 from pvtcap import scoring
 from pvtcap.checkpoint import Checkpoint
-from pvtcap.config import EvaluateConfig
+from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError, ShardError
 from pvtcap.evalparts import Captioned, Part, Parts
@@ -34,7 +34,7 @@ from pvtcap.scoring import SHEET, WORST
 from pvtcap.shardset import ShardSet
 from pvtcap.stream import Batch, View, whole_batches
 
-__all__ = ["SHEET", "WORST", "Captioned", "caption_all", "merge", "run"]
+__all__ = ["SHEET", "WORST", "BackgroundEvaluation", "Captioned", "caption_all", "merge", "run"]
 
 
 def run(
@@ -110,6 +110,32 @@ def caption_all(
 
     world.on_first_rank(finish)
     parts.remove()
+
+
+class BackgroundEvaluation:
+    """The evaluations of a training run: captions by all ranks at a step, scores beside the steps that follow.
+
+    beside.start(folder, step)                          collective; returns when the captions are there
+    for scored in beside.finished(): …                  rank 0 at any later step, elsewhere nothing; never waits
+    for scored in beside.finished(wait=True): …         at the end of the run
+
+    No rank ever waits for a scorer but rank 0 at the end, where no collective follows.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world, self.scoring = config, world, scoring.Scoring()
+
+    def start(self, checkpoint: Path, step: int) -> None:
+        """Caption ``data.val`` with a checkpoint just written, into run.dir/eval/step_…"""
+        assert self.config.data.val is not None, "train asks for scores only where there is data.val"
+        out, blank = self.config.run.dir / "eval" / checkpoint.name, self.config.data.blank_photos
+        caption_all(checkpoint, self.config.data.val, out, self.world, self.config.evaluate, blank_photos=blank)
+        if self.world.is_first:
+            self.scoring.start(step, out)
+
+    def finished(self, *, wait: bool = False) -> Iterator[scoring.Scored]:
+        """What has been scored since last asked, each with the step it belongs to; with ``wait``, all that is left."""
+        return self.scoring.wait() if wait else self.scoring.finished()
 
 
 def _identity(checkpoint: Checkpoint, shardset: ShardSet, how: EvaluateConfig, world: World, *photos: bool) -> str:

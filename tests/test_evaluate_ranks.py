@@ -220,6 +220,18 @@ def test_scoring_beside_a_run_never_piles_up(checkpoint: Path, shapes: Path, alo
     assert "no captions to score" in failed.reason
 
 
+def test_a_run_goes_on_while_its_captions_are_scored(checkpoint: Path, shapes: Path) -> None:
+    config = Checkpoint.open(checkpoint).config
+    beside = evaluation.BackgroundEvaluation(config, World.alone("cpu"))
+    beside.start(checkpoint, 7)
+    assert list(beside.finished()) == []  # the scorer has hardly begun
+    (scored,) = beside.finished(wait=True)
+    assert (scored.step, scored.out) == (7, config.run.dir / "eval" / checkpoint.name)
+    assert scored.report is not None, scored.reason
+    assert (scored.out / scoring.SHEET).is_file()
+    assert (scored.out / scoring.WORST).is_file()
+
+
 def test_the_page_escapes_what_models_and_people_say(alone: Path) -> None:
     from pvtcap.htmlreport import page
 
