@@ -76,7 +76,7 @@ def caption_all(
     """
     chosen = world.on_first_rank(lambda: Checkpoint.open(checkpoint))
     shardset = world.on_first_rank(lambda: ShardSet.open(data))
-    identity = _identity(chosen, shardset, how, world, blank_photos, allow_missing)
+    identity = _identity(chosen, shardset, how, world, (blank_photos, allow_missing, str(training)))
     if world.on_first_rank(lambda: scoring.waits(out, identity)):
         return
     parts = Parts(out, identity, world)
@@ -90,20 +90,11 @@ def caption_all(
     def finish() -> None:
         assert gathered is not None, "rank 0 gathers"
         every = sorted((part for one in gathered for part in one), key=lambda part: part.number)
-        missing = [one for part in every for one in part.missing]
-        captioned = merge(shardset, [one for part in every for one in part.captioned], [key for key, _ in missing])
-        num_labels = sum(part.num_labels for part in every)
-        loss = math.fsum(part.loss_sum for part in every) / num_labels if num_labels else None
-        report = {
-            "num_photos": len(captioned),
-            "num_missing": len(missing),
-            "missing": [{"key": key, "reason": reason} for key, reason in missing],
-            "loss": loss,
-            "perplexity": None if loss is None else math.exp(min(loss, 80.0)),
+        captioned, report = _merged(every, shardset)
+        report |= {
             "blank_photos": blank_photos,
             "checkpoint": chosen.path.name,
             "step": chosen.manifest.step,
-            "data": shardset.manifest.name,
             "generation": how.model_dump(mode="json"),
         }
         scoring.prepare(out, identity, report, [asdict(one) for one in captioned], data, training)
@@ -138,16 +129,34 @@ class BackgroundEvaluation:
         return self.scoring.wait() if wait else self.scoring.finished()
 
 
-def _identity(checkpoint: Checkpoint, shardset: ShardSet, how: EvaluateConfig, world: World, *photos: bool) -> str:
+def _identity(
+    checkpoint: Checkpoint, shardset: ShardSet, how: EvaluateConfig, world: World, options: tuple[object, ...]
+) -> str:
     """Of all that decides the captions: parts of another identity are of no use."""
     what = [
         checkpoint.manifest.model_dump(mode="json", include={"step", "encoder_sha256", "trainable_sha256", "config"}),
         hashlib.sha256(shardset.manifest.model_dump_json().encode()).hexdigest(),
         how.model_dump(mode="json"),
         world.device.type,
-        photos,
+        options,
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _merged(parts: Sequence[Part], shardset: ShardSet) -> tuple[list[Captioned], dict[str, Any]]:
+    """The captions in the ShardSet's order, and what scores.json says of all parts together."""
+    missing = [one for part in parts for one in part.missing]
+    captioned = merge(shardset, [one for part in parts for one in part.captioned], [key for key, _ in missing])
+    num_labels = sum(part.num_labels for part in parts)
+    loss = math.fsum(part.loss_sum for part in parts) / num_labels
+    return captioned, {
+        "num_photos": len(captioned),
+        "num_missing": len(missing),
+        "missing": [{"key": key, "reason": reason} for key, reason in missing],
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 80.0)),  # beyond that it overflows, and says nothing
+        "data": shardset.manifest.name,
+    }
 
 
 def _captioned(
