@@ -43,7 +43,7 @@ class Part:
 
 
 class Parts:
-    """The parts below ``out`` that belong to this ``identity``; ``with`` opens this rank's file for more."""
+    """The parts below ``out`` that belong to this ``identity``; ``with`` closes this rank's file."""
 
     def __init__(self, out: Path, identity: str, world: World) -> None:
         self.folder, self.identity, self.world = out / "parts", identity, world
@@ -66,6 +66,23 @@ class Parts:
         return mine, left[self.world.rank :: self.world.size]
 
     def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, part: Part) -> None:
+        """The first one opens the file: an evaluation that cannot begin leaves nothing behind."""
+        if self._file is None:
+            self._open()
+        self._write(asdict(part))
+
+    def remove(self) -> None:
+        """When the evaluation is whole; every rank, as the folder may be each machine's own."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"rank_{self.world.rank:05d}.jsonl"
         kept = self._lines(path)
@@ -75,21 +92,9 @@ class Parts:
         for tree in kept:
             self._write(tree)
         path.with_suffix(".partial").replace(path)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, part: Part) -> None:
-        self._write(asdict(part))
-
-    def remove(self) -> None:
-        """When the evaluation is whole; every rank, as the folder may be each machine's own."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, tree: dict[str, Any]) -> None:
-        assert self._file is not None, "entered"
+        assert self._file is not None, "opened"
         print(json.dumps(tree, ensure_ascii=False), file=self._file, flush=True)
 
     def _read(self) -> dict[int, Part]:
