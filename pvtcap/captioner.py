@@ -44,12 +44,21 @@ class Captioner(nn.Module):
 
     @torch.inference_mode()
     def caption(self, photos: Tensor, tokenizer: CaptionTokenizer, how: EvaluateConfig) -> list[str]:
-        """One caption a photo, by beam search; ``photos`` as in ``patches``.
+        """One caption a photo; ``photos`` as in ``patches``. The module must be whole (no ZeRO-3) and in eval mode."""
+        return self.caption_patches(self.patches(photos), tokenizer, how)
 
-        The module must be whole (no ZeRO-3) and in eval mode.
-        """
-        rows = self.decoder.generate(self.patches(photos), tokenizer.prefix, tokenizer.end_id, tokenizer.pad_id, how)
+    @torch.inference_mode()
+    def caption_patches(self, patches_BPD: Tensor, tokenizer: CaptionTokenizer, how: EvaluateConfig) -> list[str]:
+        """``caption`` from what ``patches`` gave."""
+        rows = self.decoder.generate(patches_BPD, tokenizer.prefix, tokenizer.end_id, tokenizer.pad_id, how)
         return [tokenizer.decode(row) for row in rows.tolist()]
+
+    def cast(self, precision: str) -> Captioner:
+        """Parameters in fp32, bf16 or fp16; photos are still normalised in float32."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
 
     def train(self, mode: bool = True) -> Captioner:
         """A frozen encoder stays in eval mode: it must give the same features in training as in evaluation."""

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from pvtcap import __version__
+from pvtcap import __version__, evaluationcommands
 from pvtcap.errors import PvtcapError
 
 app = typer.Typer(
@@ -99,37 +99,9 @@ def train(
         training.run(loaded, world, resume=resume, evaluate=evaluate_step)
 
 
-@app.command()
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")],
-    data: Annotated[str, typer.Option(help="ShardSet with reference captions: a folder or a URL.")],
-    out: Annotated[Path, typer.Option(help="Folder for results.json, scores.json and captions.png.")],
-    num_beams: Annotated[int | None, typer.Option(min=1)] = None,
-    max_length: Annotated[int | None, typer.Option(min=2)] = None,
-    min_length: Annotated[int | None, typer.Option(min=0)] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1)] = None,
-    blank_photos: Annotated[bool, typer.Option(help="Show the model grey pictures instead.")] = False,
-) -> None:
-    """Caption a whole ShardSet and score it, on any number of ranks. Unset options are the checkpoint's."""
-    from pvtcap import evaluate as evaluation
-    from pvtcap.checkpoint import Checkpoint
-    from pvtcap.dist import World
-
-    given = {"num_beams": num_beams, "max_length": max_length, "min_length": min_length, "micro_batch": micro_batch}
-    changed = {name: value for name, value in given.items() if value is not None}
-    with World.start() as world:
-        how = world.on_first_rank(lambda: Checkpoint.open(checkpoint)).config.evaluate.model_copy(update=changed)
-        report = evaluation.run(checkpoint, data, out, world, how, blank_photos=blank_photos)
-    if report is not None:
-        from rich.console import Console
-
-        from pvtcap.scoretable import score_table
-
-        title = f"{report['checkpoint']} on {report['data']}" + (", photos blanked" if blank_photos else "")
-        console = Console()
-        console.print(score_table({"value": report}, title))
-        written = [name for name in evaluation.FILES if (out / name).exists()]
-        console.print(f"{out}: {', '.join(written)}", highlight=False)
+app.command()(evaluationcommands.evaluate)
+app.command()(evaluationcommands.score)
+app.command()(evaluationcommands.compare)
 
 
 @app.command()
@@ -162,23 +134,6 @@ def features(
         size = sum(entry.size_bytes for entry in manifest.shards)
         counts = f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards, {size:,} bytes"
         typer.echo(f"{out}: {counts}: {manifest.features}")
-
-
-@app.command()
-def compare(
-    evaluations: Annotated[list[str], typer.Argument(help="Evaluation folders, or NAME=FOLDER for the heading.")],
-) -> None:
-    """Show the scores of several evaluations side by side."""
-    from rich.console import Console
-
-    from pvtcap.scoretable import read_report, score_table
-
-    reports = {}
-    for word in evaluations:
-        name, equals, folder = word.partition("=")
-        path = Path(folder if equals else word)
-        reports[name if equals else path.name] = read_report(path)
-    Console().print(score_table(reports))
 
 
 @app.command()

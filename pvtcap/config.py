@@ -192,13 +192,25 @@ class CheckpointConfig(_Section):
 class EvaluateConfig(_Section):
     every_steps: PositiveInt | None = Field(None, description="Captions and scores on data.val while training.")
     at_start: bool = Field(False, description="Score the model before its first step too.")
-    num_beams: PositiveInt = 3
+    num_beams: PositiveInt = Field(3, description="Beam search; 1: greedy, or nucleus sampling with top_p.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Sample from the likeliest tokens that share this much probability; null: no sampling."
+    )
     max_length: PositiveInt = Field(20, description="Longest caption in tokens, begin token and prompt included.")
     min_length: NonNegativeInt = Field(5, description="Shortest, counted the same way.")
     repetition_penalty: PositiveFloat = 1.0
     micro_batch: PositiveInt = Field(32, description="Photos captioned at a time on each rank.")
     sheet_photos: NonNegativeInt = Field(12, description="Photos on the picture of captions in TensorBoard.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of the model that captions.")
     metric_timeout_s: PositiveFloat = Field(600.0, description="A metric that takes longer is reported unavailable.")
+    metric_memory_mib: PositiveInt = Field(4096, description="A metric that takes more is, too.")
+    java_heap_mib: PositiveInt = Field(2048, description="Heap of METEOR's, SPICE's and the tokenizer's java.")
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Self:
+        if self.top_p is not None and self.num_beams > 1:
+            raise ValueError("top_p samples, num_beams searches: set num_beams to 1, or leave top_p out")
+        return self
 
 
 class Config(_Section):

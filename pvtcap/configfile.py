@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pvtcap import recipes
-from pvtcap.config import Config
+from pvtcap.config import Config, EvaluateConfig
 from pvtcap.errors import ConfigError, did_you_mean
 
 
@@ -52,6 +52,12 @@ def parse(tree: dict[str, Any], where: object) -> Config:
     if first["type"] == "value_error":
         raise ConfigError(first["msg"].removeprefix("Value error, "), where=f"{where}: {dotted}" if dotted else where)
     raise ConfigError(f"bad value for '{dotted}'", where=where, got=repr(first["input"]), wanted=message)
+
+
+def evaluating(config: Config, changed: dict[str, Any]) -> EvaluateConfig:
+    """The evaluate section with other values, checked like a file's."""
+    tree = config.model_dump(mode="json")
+    return parse({**tree, "evaluate": {**tree["evaluate"], **changed}}, where="evaluate").evaluate
 
 
 def _override(tree: dict[str, Any], word: str) -> None:

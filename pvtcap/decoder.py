@@ -1,21 +1,26 @@
 """BLIP's text decoder: a BERT language model with cross-attention, over packed rows of captions.
 
-Shapes: B batch, T packed tokens, P patches, D decoder width, N = tokens with a label, V vocabulary.
+Shapes: B batch, T packed tokens, P patches, D decoder width, H heads of width d, N = tokens with a label, V vocabulary.
 Source: Li et al., "BLIP: Bootstrapping Language-Image Pre-training", 2022. transformers' ``BertLMHeadModel`` takes a
 ``BlipTextLMHeadModel`` state dict as it is, and has scaled-dot-product attention.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, EncoderDecoderCache, GenerationConfig
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertModel
 
 from pvtcap.config import EvaluateConfig, ModelConfig
 from pvtcap.text import IGNORE
+
+# transformers 5.24 changed its name.
+_CACHE = "cache" if "cache" in inspect.signature(BertModel.forward).parameters else "past_key_values"
 
 
 class Decoder(nn.Module):
@@ -40,6 +45,9 @@ class Decoder(nn.Module):
         )
         self.lm: Any
         self.lm = BertLMHeadModel(bert_config)
+        for layer in self.lm.bert.encoder.layer:
+            # Another forward for the same parameters: a module made anew would draw other random weights.
+            layer.crossattention.self.__class__ = _PhotoAttention
         # BLIP's decoder has no token types. BERT's two would be a constant added to every token.
         types = self.lm.bert.embeddings.token_type_embeddings
         nn.init.zeros_(types.weight)
@@ -72,26 +80,77 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def generate(self, patches_BPD: Tensor, prefix: list[int], end_id: int, pad_id: int, how: EvaluateConfig) -> Tensor:
-        """Beam search → token ids (B, at most ``how.max_length``), prefix included, padded with ``pad_id``."""
+        """Token ids (B, at most ``how.max_length``), prefix included, padded with ``pad_id``.
+
+        Beam search, greedy with one beam, or with ``how.top_p`` nucleus sampling (Holtzman et al., 2020) by torch's
+        random state. What a photo's K beams share is computed once a photo: cross-attention's keys and values, and the
+        prefix. Ends as soon as no beam of the batch can improve.
+        """
+        cache = _PhotoCache(
+            [layer.crossattention.self.keys_values(patches_BPD) for layer in self.lm.bert.encoder.layer]
+        )
+        cached = {_CACHE: cache}
         prefix_BT = torch.tensor([prefix], device=patches_BPD.device).expand(len(patches_BPD), -1)
+        # Nobody reads them, as the cache has what they give; but without any, BERT skips its cross-attention.
+        some_B1D = patches_BPD[:, :1]
+        if len(prefix) > 1:
+            self.lm.bert(input_ids=prefix_BT[:, :-1], encoder_hidden_states=some_B1D, **cached)
+            cache.self_attention_cache.batch_repeat_interleave(how.num_beams)
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             num_beams=how.num_beams,
             max_length=how.max_length,
             min_length=how.min_length,
             repetition_penalty=how.repetition_penalty,
-            do_sample=False,
+            do_sample=how.top_p is not None,
             bos_token_id=prefix[0],
             eos_token_id=end_id,
             pad_token_id=pad_id,
+            **({} if how.top_p is None else {"top_p": how.top_p, "top_k": 0}),
         )
         generated: Tensor = self.lm.generate(
             prefix_BT,
             attention_mask=torch.ones_like(prefix_BT),
-            encoder_hidden_states=patches_BPD,
-            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            encoder_hidden_states=some_B1D,
             generation_config=settings,
+            **cached,
         )
         return generated
+
+
+class _PhotoCache(EncoderDecoderCache):
+    """Self-attention's keys and values of each beam, cross-attention's of each photo: (B, heads, P, head width)."""
+
+    def __init__(self, photos: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__(DynamicCache(), DynamicCache())
+        self.photos = photos
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Beams change places within their photo, so what belongs to the photo stays."""
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+
+class _PhotoAttention(BertCrossAttention):
+    """BERT's cross-attention; from a ``_PhotoCache``, a photo's beams are so many more queries to its row of keys."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        cache = kwargs.get(_CACHE)
+        if not isinstance(cache, _PhotoCache):
+            attended: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
+            return attended
+        assert self.layer_idx is not None, "BERT numbers its layers"
+        keys_BHPd, values_BHPd = cache.photos[self.layer_idx]
+        queries_BHQd = self._heads(self.query(hidden_states).view(len(keys_BHPd), -1, hidden_states.shape[-1]))
+        context_BHQd = functional.scaled_dot_product_attention(queries_BHQd, keys_BHPd, values_BHPd)
+        return context_BHQd.transpose(1, 2).reshape(hidden_states.shape), None
+
+    def keys_values(self, patches_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, heads, P, head width) each."""
+        return self._heads(self.key(patches_BPD)), self._heads(self.value(patches_BPD))
+
+    def _heads(self, states_BTD: Tensor) -> Tensor:
+        batch, length, _ = states_BTD.shape
+        split = states_BTD.view(batch, length, self.num_attention_heads, self.attention_head_size)
+        return split.transpose(1, 2).contiguous()
 
 
 def packed_mask(segments_BT: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
@@ -25,6 +25,7 @@ from torch import Tensor
 from pvtcap import featureformat, pixels
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
+from pvtcap.errors import ShardError
 from pvtcap.loader import Rooms, Work, load
 from pvtcap.order import Place, generator
 from pvtcap.readahead import ReadAhead
@@ -67,6 +68,8 @@ class Batch:
     num_captions: int
     places: tuple[Place, ...] = ()
     bad: tuple[BadSample, ...] = ()
+    missing: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of photos that could not be read, where those are allowed for; they are not in the tensors."""
 
     @property
     def num_labels(self) -> int:
@@ -140,15 +143,25 @@ def train_batches(
             yield batch
 
 
-def whole_batches(shardset: ShardSet, view: View, micro_batch: int, world: World, *, even: bool) -> Iterator[Batch]:
+def whole_batches(
+    shardset: ShardSet,
+    view: View,
+    micro_batch: int,
+    world: World,
+    *,
+    even: bool,
+    numbers: Sequence[int] | None = None,
+    allow_missing: bool = False,
+) -> Iterator[Batch]:
     """This rank's part of the whole set in storage order: photos uncropped, all captions, each sample exactly once.
 
     The set is cut into batches first and then dealt to ranks, so a batch is the same at any world size. With ``even``
     every rank gets as many batches as any other (each forward pass of ZeRO-3 is a collective): a rank with nothing left
-    repeats the set's first batch without labels or samples.
+    repeats the set's first batch without labels or samples. ``numbers`` are the batches to give instead of this rank's;
+    with ``allow_missing`` a photo that cannot be read is in its batch's ``missing``, and not an error.
     """
-    batches = _WholeBatches(shardset, view, micro_batch)
-    mine = range(world.rank, len(batches), world.size)
+    batches = _WholeBatches(shardset, view, micro_batch, allow_missing)
+    mine = range(world.rank, len(batches), world.size) if numbers is None else numbers
     yield from _load(batches, mine, view, world)
     if even and len(mine) < -(-len(batches) // world.size):
         yield next(_load(batches, [0], view, world)).without_labels()
@@ -230,8 +243,8 @@ class _TrainBatches(_Batches):
 class _WholeBatches(_Batches):
     """Batch n is samples n * micro_batch … of the set in storage order."""
 
-    def __init__(self, shardset: ShardSet, view: View, micro_batch: int) -> None:
-        self.shardset, self.view, self.micro_batch = shardset, view, micro_batch
+    def __init__(self, shardset: ShardSet, view: View, micro_batch: int, allow_missing: bool) -> None:
+        self.shardset, self.view, self.micro_batch, self.allow_missing = shardset, view, micro_batch, allow_missing
         self.reader = ShardReader(shardset, max_open=2)  # it goes through them in order
         self.starts = np.cumsum([0, *shardset.sizes])
         self.room_bytes = min(micro_batch, shardset.num_samples) * view.photo_bytes(shardset)
@@ -243,17 +256,26 @@ class _WholeBatches(_Batches):
         first = number * self.micro_batch
         positions = range(first, min(first + self.micro_batch, self.shardset.num_samples))
         photos = self.view.room(self.rooms, len(positions), self.shardset.manifest.features)
-        samples = []
-        for position, photo in zip(positions, photos, strict=True):
+        samples: list[Sample] = []
+        missing = []
+        for position in positions:
             shard = int(np.searchsorted(self.starts, position, side="right")) - 1
             index = position - int(self.starts[shard])
             self.board.begin(self.reader.number(shard, index), fetching=self.shardset.mirror is not None)
             where = self.reader.where(shard, index)
             self.board.begin(where)
-            sample = self.reader.read(shard, index)
-            self._show(sample, where, photo)
-            samples.append(sample)
-        return self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
+            try:
+                sample = self.reader.read(shard, index)
+                self._show(sample, where, photos[len(samples)])
+            except ShardError as error:
+                if not self.allow_missing:
+                    raise
+                missing.append((self.reader.key(shard, index), str(error)))
+            else:
+                samples.append(sample)
+        # A batch of which nothing could be read has one row without a sample.
+        captions = [list(sample.captions) for sample in samples] or [[]]
+        return replace(self.view.collate(photos[: len(captions)], samples, captions), missing=tuple(missing))
 
     def _show(self, sample: Sample, where: str, photo: Tensor) -> None:
         side_px, features = self.view.data.image_px, self.shardset.manifest.features
