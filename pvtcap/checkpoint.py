@@ -28,13 +28,16 @@ from pvtcap.engine import Engine
 from pvtcap.errors import CheckpointError, PvtcapError
 from pvtcap.shardset import MANIFEST, parse_json, sha256_file, write_json
 from pvtcap.text import CaptionTokenizer
+from pvtcap.weightreport import SourceFile
 
 FORMAT = "pvtcap-checkpoint/1"
 TRAINABLE, VOCAB, CONFIG, ENGINE = "trainable.safetensors", "vocab.txt", "config.yaml", "deepspeed"
 
 
 class CheckpointManifest(BaseModel):
-    """What a checkpoint says of itself. ``files`` are sizes in bytes; ``encoder_sha256`` is of a frozen encoder."""
+    """What a checkpoint says of itself. ``files`` are sizes in bytes; ``encoder_sha256`` is of a frozen encoder;
+    ``sources`` are the files whose weights the run began with.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,6 +53,7 @@ class CheckpointManifest(BaseModel):
     encoder_sha256: str | None
     trainable_sha256: str
     files: dict[str, NonNegativeInt]
+    sources: tuple[SourceFile, ...] = ()
 
 
 class Checkpoint:
@@ -145,6 +149,7 @@ def save(
     step: int,
     train_samples: int,
     encoder_sha256: str | None,
+    sources: tuple[SourceFile, ...] = (),
 ) -> Path:
     """Write a checkpoint (collective); returns its folder. Until it is whole it has another name."""
     final = step_folder(config.run.dir, step)
@@ -175,6 +180,7 @@ def save(
             encoder_sha256=encoder_sha256,
             trainable_sha256=sha256_file(partial / TRAINABLE),
             files=files,
+            sources=sources,
         )
         write_json(partial / MANIFEST, manifest.model_dump())
         if final.exists():

@@ -27,6 +27,7 @@ from pvtcap.monitor import Monitor, StepStats
 from pvtcap.shardset import ShardSet
 from pvtcap.stream import Batch, View, train_batches, whole_batches
 from pvtcap.text import CaptionTokenizer
+from pvtcap.weightreport import Loaded, SourceFile, source_files, weights_table
 
 Evaluate = Callable[[Path], tuple[dict[str, float | None], Path | None]]
 
@@ -40,6 +41,8 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluat
     batches = train_batches(job.train, job.plan, world, seed=config.run.seed, first_step=job.start_step)
     with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
         monitor.say(job.summary(config, world))
+        if job.loaded:
+            monitor.say(weights_table(job.loaded))
         if job.start_step == 0:
             look(engine, job, config, world, monitor, 0, evaluate)
         for step in range(job.start_step + 1, job.total_steps + 1):
@@ -102,6 +105,7 @@ def look(
             step=step,
             train_samples=job.train.shardset.num_samples,
             encoder_sha256=job.encoder_sha256,
+            sources=job.sources,
         )
         if scoring and evaluate is not None:
             scores, sheet = evaluate(folder)
@@ -134,6 +138,8 @@ class Job:
     encoder_sha256: str | None
     resumed: checkpoint.Checkpoint | None
     total_steps: int
+    loaded: tuple[Loaded, ...]
+    sources: tuple[SourceFile, ...]
 
     @property
     def start_step(self) -> int:
@@ -165,9 +171,8 @@ def prepare(config: Config, world: World, resume: str) -> Job:
         tokenizer = world.on_first_rank(lambda: make_tokenizer(config, shardset))
     model = Captioner(config, tokenizer.size)
     frozen_encoder = not model.encoder_trains
-    weights.load_encoder(model, config)
-    if resumed is None or "decoder" not in config.train.what:
-        weights.load_decoder(model, config)
+    loaded = load_weights(model, config, resumed)
+    sources = world.on_first_rank(lambda: source_files(loaded)) if resumed is None else resumed.manifest.sources
     if resumed is not None and frozen_encoder:
         checkpoint.check_encoder(model, resumed.manifest, resumed.path)
     views = [
@@ -175,7 +180,17 @@ def prepare(config: Config, world: World, resume: str) -> Job:
     ]
     assert views[0] is not None
     encoder_sha256 = model.encoder.fingerprint() if frozen_encoder else None
-    return Job(plan, views[0], views[1], model, encoder_sha256, resumed, total_steps)
+    return Job(plan, views[0], views[1], model, encoder_sha256, resumed, total_steps, loaded, sources)
+
+
+def load_weights(model: Captioner, config: Config, resumed: checkpoint.Checkpoint | None) -> tuple[Loaded, ...]:
+    """Fill the model from what the configuration names; what trains is left out when a checkpoint has it."""
+    loaded = [weights.load_encoder(model, config)]
+    if resumed is None:
+        loaded.append(weights.load_projection(model, config))
+    if resumed is None or "decoder" not in config.train.what:
+        loaded.append(weights.load_decoder(model, config))
+    return tuple(loaded)
 
 
 def open_train(config: Config) -> ShardSet:

@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots"},
+    {"shardformat", "processes", "distribution", "addresses", "robots", "weightnames", "weightfiles"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable"},
+    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable", "weightreport"},
     {"photosource"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
