@@ -29,6 +29,7 @@ from pvtcap.errors import CheckpointError, PvtcapError
 from pvtcap.shardset import MANIFEST, parse_json, sha256_file, write_json
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightreport import SourceFile
+from pvtcap.zerostate import consolidated
 
 FORMAT = "pvtcap-checkpoint/1"
 TRAINABLE, VOCAB, CONFIG, ENGINE = "trainable.safetensors", "vocab.txt", "config.yaml", "deepspeed"
@@ -85,6 +86,8 @@ class Checkpoint:
             raise CheckpointError("unknown format", where=path / MANIFEST, got=manifest.format, wanted=FORMAT)
         for name, size in manifest.files.items():
             file = path / name
+            if name == TRAINABLE and not file.exists() and (path / ENGINE).is_dir():
+                continue  # it can be made again from DeepSpeed's files, which are checked here too
             if not file.is_file() or file.stat().st_size != size:
                 got = f"{file.stat().st_size:,} bytes" if file.is_file() else "nothing"
                 raise CheckpointError(
@@ -99,23 +102,35 @@ class Checkpoint:
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.from_file(self.path / VOCAB, self.config.text.prompt)
 
-    def captioner(self, device: torch.device) -> Captioner:
-        """The trained model, whole, in eval mode; fetches nothing that the checkpoint itself holds."""
-        if sha256_file(self.path / TRAINABLE) != self.manifest.trainable_sha256:
+    def captioner(self, device: torch.device, **model: str | None) -> Captioner:
+        """The trained model, whole, in eval mode; fetches nothing that the checkpoint itself holds.
+
+        ``model`` are keys of the configuration's model section that are not as they were, None: unchanged. The place of
+        frozen weights may change (``encoder_weights="/elsewhere/pvt.pth"``): that they are the same is checked.
+        """
+        raw = not (self.path / TRAINABLE).exists()
+        if not raw and sha256_file(self.path / TRAINABLE) != self.manifest.trainable_sha256:
             raise CheckpointError(
                 "damaged weights (sha256 differs)",
                 where=self.path / TRAINABLE,
                 do="Use an older checkpoint of the run.",
             )
-        model = Captioner(self.config, self.tokenizer().size)
-        learned = self.config.train.what.split("+")
+        given = {name: value for name, value in model.items() if value is not None}
+        config = self.config.model_copy(update={"model": self.config.model.model_copy(update=given)})
+        captioner = Captioner(config, self.tokenizer().size)
+        learned = config.train.what.split("+")
         if "encoder" not in learned:
-            weights.load_encoder(model, self.config)
-            check_encoder(model, self.manifest, self.path)
+            weights.load_encoder(captioner, config)
+            check_encoder(captioner, self.manifest, self.path)
         if "decoder" not in learned:
-            weights.load_decoder(model, self.config)
-        weights.load_trained(model, self.path / TRAINABLE)
-        return model.to(device).eval()
+            weights.load_decoder(captioner, config)
+        if raw:
+            names = captioner.trainable().keys()
+            state = consolidated(self.path / ENGINE, config.zero.stage, config.precision, names)
+            weights.copy_trained(captioner, state, self.path / ENGINE)
+        else:
+            weights.load_trained(captioner, self.path / TRAINABLE)
+        return captioner.to(device).eval()
 
 
 def check_encoder(model: Captioner, manifest: CheckpointManifest, where: Path) -> None:

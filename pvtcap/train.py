@@ -41,7 +41,7 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluat
     batches = train_batches(job.train, job.plan, world, seed=config.run.seed, first_step=job.start_step)
     with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
         monitor.say(job.summary(config, world))
-        if job.loaded:
+        if any(one.taken for one in job.loaded):
             monitor.say(weights_table(job.loaded))
         if job.start_step == 0:
             look(engine, job, config, world, monitor, 0, evaluate)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, TextConfig
+from pvtcap.decoder import Decoder
 from pvtcap.errors import CheckpointError, ConfigError
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightfiles import hub_file, hub_weights, read_tensors, read_weights
-from pvtcap.weightnames import TOKEN_TYPES, Renamed, decoder_names, encoder_names, projection_names
+from pvtcap.weightnames import OUR_DECODER, TOKEN_TYPES, Renamed, decoder_names, encoder_names, projection_names
 from pvtcap.weightreport import Loaded
 
 SCRATCH = "scratch"
@@ -64,14 +65,12 @@ def load_decoder(model: Captioner, config: Config) -> Loaded:
     path = Path(source) if local else hub_weights(source, "model.decoder")
     read = read_weights(path, "blip")
     named = decoder_names(read.tensors, read.path)
-    _untie(named.state, read.path)
     lm = model.decoder.lm
-    new = fill(lm, named.state, read.path, _may_lack(named.state, set(lm.state_dict())), {_WORDS, _BIAS})
+    new = fill_decoder(model.decoder, named.state, read.path)
     short = lm.bert.embeddings.word_embeddings.num_embeddings - len(named.state[_WORDS])
     if short:
         rows = f"{len(named.state[_WORDS]):,} to {len(named.state[_WORDS]) + short:,}"
         named.notes.append(f"vocabulary extended from {rows}: the rows of [DEC] and [ENC] are new")
-    new -= {TOKEN_TYPES, *_TIED}  # zero by design; tied
     idle = sorted(f"decoder.lm.{name}" for name in new if not lm.get_parameter(name).requires_grad)
     if idle:
         raise CheckpointError(
@@ -81,6 +80,19 @@ def load_decoder(model: Captioner, config: Config) -> Loaded:
             do="Train them (train.what=projection+decoder), or start from a BLIP captioning model.",
         )
     return _loaded("decoder", source, read.files, named, new)
+
+
+def fill_decoder(decoder: Decoder, state: dict[str, Tensor], where: Path) -> set[str]:
+    """Copy a decoder's ``state``, BLIP's or BERT's; returns the names of what it lacked and keeps its new values."""
+    _untie(state, where)
+    own = set(decoder.lm.state_dict())
+    new = fill(decoder.lm, state, where, _may_lack(state, own), {_WORDS, _BIAS})
+    return new - {TOKEN_TYPES, *_TIED}  # zero by design; tied
+
+
+def tied_names(model: Captioner) -> set[str]:
+    """What a file of a whole Captioner may leave out, since it is there under another name."""
+    return {f"{OUR_DECODER}{name}" for name in _TIED} & set(model.state_dict())
 
 
 def load_trained(model: Captioner, path: Path) -> None:

@@ -17,7 +17,7 @@ LEVELS = [
     {"errors"},
     {"shardformat", "processes", "distribution", "addresses", "robots", "weightnames", "weightfiles"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "metrics"},
-    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable", "weightreport"},
+    {"config", "photo", "sheet", "scoretable", "chart", "shardinfo", "urltable", "weightreport", "zerostate"},
     {"photosource"},
     {"text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download"},
@@ -26,7 +26,8 @@ LEVELS = [
     {"captioner", "captionfiles", "shardindex", "shardjoin"},
     {"weights", "engine", "monitor", "cococaptions"},
     {"checkpoint"},
-    {"train", "evaluate", "caption", "shardcommands"},
+    {"modelcard", "api", "combinedmodel"},
+    {"train", "evaluate", "caption", "shardcommands", "export"},
     {"cli"},
     {"__main__"},
 ]
