@@ -50,16 +50,7 @@ def export(
     a combined file's 'blip' the whole of that model with our text decoder in it. ``model`` is as in
     ``Checkpoint.captioner``.
     """
-    if to not in FORMS:
-        do = did_you_mean(to, FORMS) or f"Known: {', '.join(FORMS)}."
-        raise ConfigError("not a form of export", where="--to", got=to, do=do)
-    if (only_trained and to != "safetensors") or (whole_blip is not None and to != "combined"):
-        option, form = ("--only-trained", "safetensors") if only_trained else ("--whole-blip", "combined")
-        raise ConfigError(f"{option} is for --to {form}", got=f"--to {to}")
-    if out.exists():
-        raise ConfigError("not exported: this exists already", where=out, do="Remove it or name another place.")
-    if to == "safetensors" and out.suffix != ".safetensors":
-        raise ConfigError("not a name for this form", where="--out", got=out, wanted="….safetensors")
+    check(to, out, only_trained=only_trained, whole_blip=whole_blip)
     captioner = checkpoint.captioner(torch.device("cpu"), **model)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -73,6 +64,20 @@ def export(
         _save(state, partial, checkpoint)
     partial.rename(out)
     return out
+
+
+def check(to: str, out: Path, *, only_trained: bool, whole_blip: Path | None) -> None:
+    """ConfigError for words that do not fit together."""
+    if to not in FORMS:
+        do = did_you_mean(to, FORMS) or f"Known: {', '.join(FORMS)}."
+        raise ConfigError("not a form of export", where="--to", got=to, do=do)
+    if (only_trained and to != "safetensors") or (whole_blip is not None and to != "combined"):
+        option, form = ("--only-trained", "safetensors") if only_trained else ("--whole-blip", "combined")
+        raise ConfigError(f"{option} is for --to {form}", got=f"--to {to}")
+    if out.exists():
+        raise ConfigError("not exported: this exists already", where=out, do="Remove it or name another place.")
+    if to == "safetensors" and out.suffix != ".safetensors":
+        raise ConfigError("not a name for this form", where="--out", got=out, wanted="….safetensors")
 
 
 def own_state(captioner: Captioner) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ LEVELS = [
     {"weights", "engine", "monitor", "cococaptions"},
     {"checkpoint"},
     {"modelcard", "api", "combinedmodel"},
-    {"train", "evaluate", "caption", "shardcommands", "export"},
+    {"train", "evaluate", "caption", "shardcommands", "export", "weightfetch"},
+    {"modelcommands"},
     {"cli"},
     {"__main__"},
 ]
