@@ -21,7 +21,8 @@ from torch import Tensor
 from pvtcap import captioner as model_module
 from pvtcap import pixels, weights
 from pvtcap.checkpoint import VOCAB, Checkpoint
-from pvtcap.config import Config, EvaluateConfig, parse
+from pvtcap.config import Config, EvaluateConfig
+from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.errors import CheckpointError, ConfigError, ShardError
 from pvtcap.photo import BadPhoto, upright_rgb
@@ -100,7 +101,7 @@ class Captioner:
         captions: list[Caption] = []
         for start in range(0, len(photos), how.micro_batch):
             squares = [self.square(photo) for photo in photos[start : start + how.micro_batch]]
-            captions += self.caption_squares(torch.stack(squares), how)
+            captions += self.caption_squares(pixels.stacked(squares), how)
         return captions
 
     def search(self, **changed: Any) -> EvaluateConfig:
@@ -111,7 +112,12 @@ class Captioner:
 
     def square(self, photo: Photo) -> Tensor:
         """uint8 (3, S, S), S the side that the model was trained with."""
-        return pixels.square(_pixels(photo), self.config.data.image_px)
+        side_px = self.config.data.image_px
+        if isinstance(photo, bytes):
+            return pixels.whole(photo, "bytes", side_px)
+        if isinstance(photo, str | Path):
+            return pixels.whole(_file(Path(photo)), photo, side_px)
+        return pixels.square(_pixels(photo), side_px)
 
     @torch.inference_mode()
     def caption_squares(self, photos_B3SS: Tensor, how: EvaluateConfig) -> list[Caption]:
@@ -131,18 +137,17 @@ class Captioner:
         return [Caption(text, float(score)) for text, score in zip(texts, scores.tolist(), strict=True)]
 
 
-def _pixels(photo: Photo) -> Tensor:
-    if isinstance(photo, bytes):
-        return pixels.decode(photo, "bytes")
-    if isinstance(photo, str | Path):
-        try:
-            return pixels.decode(read_photo(PhotoFile(Path(photo))), photo)
-        except BadPhoto as error:
-            raise ShardError(error.reason, where=photo, got=error.detail) from None
-        except FileNotFoundError:
-            raise ShardError("no such photo", where=photo) from None
+def _file(path: Path) -> bytes:
+    try:
+        return read_photo(PhotoFile(path))
+    except BadPhoto as error:
+        raise ShardError(error.reason, where=path, got=error.detail) from None
+
+
+def _pixels(photo: Image.Image | Tensor | np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8."""
     if isinstance(photo, Image.Image):
-        return torch.from_numpy(np.array(upright_rgb(photo))).permute(2, 0, 1)
+        return np.array(upright_rgb(photo))
     pixels_HW3 = photo.permute(1, 2, 0).numpy(force=True) if isinstance(photo, Tensor) else np.asarray(photo)
     if pixels_HW3.ndim != 3 or pixels_HW3.shape[2] != 3 or pixels_HW3.dtype != np.uint8:
         raise ConfigError(
@@ -150,4 +155,4 @@ def _pixels(photo: Photo) -> Tensor:
             got=f"{type(photo).__name__}, {pixels_HW3.dtype} {tuple(photo.shape)}",
             wanted="uint8, a (H, W, 3) array or a (3, H, W) tensor",
         )
-    return torch.from_numpy(pixels_HW3.copy()).permute(2, 0, 1)
+    return pixels_HW3.copy()

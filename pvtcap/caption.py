@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pvtcap import pixels
@@ -92,10 +91,10 @@ def caption_photos(
         errors: dict[int, str] = {}
         for number, (name, encoded) in enumerate(batch):
             try:
-                squares[number] = pixels.square(pixels.decode(encoded, name), captioner.config.data.image_px)
+                squares[number] = pixels.whole(encoded, name, captioner.config.data.image_px)
             except ShardError as error:
                 errors[number] = str(error)
-        captions = captioner.caption_squares(torch.stack(list(squares.values())), how) if squares else []
+        captions = captioner.caption_squares(pixels.stacked(list(squares.values())), how) if squares else []
         found = dict(zip(squares, captions, strict=True))
         for number, (name, encoded) in enumerate(batch):
             if number in errors:

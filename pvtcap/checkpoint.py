@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 
 from pvtcap import __version__, weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import BatchPlan, Config, parse
+from pvtcap.config import BatchPlan, Config
+from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import Engine
 from pvtcap.errors import CheckpointError, PvtcapError
 from pvtcap.shardset import MANIFEST, parse_json, sha256_file, write_json
+from pvtcap.sources import TrainedOn
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightreport import SourceFile
 from pvtcap.zerostate import consolidated
@@ -37,7 +39,7 @@ TRAINABLE, VOCAB, CONFIG, ENGINE = "trainable.safetensors", "vocab.txt", "config
 
 class CheckpointManifest(BaseModel):
     """What a checkpoint says of itself. ``files`` are sizes in bytes; ``encoder_sha256`` is of a frozen encoder;
-    ``sources`` are the files whose weights the run began with.
+    ``weight_files`` are those whose weights the run began with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,13 +50,13 @@ class CheckpointManifest(BaseModel):
     num_samples_seen: NonNegativeInt
     world_size: PositiveInt
     global_batch: PositiveInt
-    train_samples: PositiveInt
+    train_data: list[TrainedOn]
     config: dict[str, Any]
     encoder: str
     encoder_sha256: str | None
     trainable_sha256: str
     files: dict[str, NonNegativeInt]
-    sources: tuple[SourceFile, ...] = ()
+    weight_files: tuple[SourceFile, ...] = ()
 
 
 class Checkpoint:
@@ -162,9 +164,9 @@ def save(
     world: World,
     *,
     step: int,
-    train_samples: int,
+    train_data: list[TrainedOn],
     encoder_sha256: str | None,
-    sources: tuple[SourceFile, ...] = (),
+    weight_files: tuple[SourceFile, ...] = (),
 ) -> Path:
     """Write a checkpoint (collective); returns its folder. Until it is whole it has another name."""
     final = step_folder(config.run.dir, step)
@@ -189,13 +191,13 @@ def save(
             num_samples_seen=step * plan.global_batch,
             world_size=world.size,
             global_batch=plan.global_batch,
-            train_samples=train_samples,
+            train_data=train_data,
             config=config.model_dump(mode="json"),
             encoder=config.model.encoder,
             encoder_sha256=encoder_sha256,
             trainable_sha256=sha256_file(partial / TRAINABLE),
             files=files,
-            sources=sources,
+            weight_files=weight_files,
         )
         write_json(partial / MANIFEST, manifest.model_dump())
         if final.exists():
@@ -224,7 +226,7 @@ def find_resume(config: Config, resume: str) -> Checkpoint | None:
     return None if newest is None else Checkpoint.open(newest)
 
 
-def check_resumable(checkpoint: Checkpoint, config: Config, world: World, train_samples: int) -> None:
+def check_resumable(checkpoint: Checkpoint, config: Config, world: World, train_data: list[TrainedOn]) -> None:
     """CheckpointError where going on would silently be another run: another model, data, batch, world or ZeRO stage."""
     manifest, was = checkpoint.manifest, checkpoint.config
     pairs = {
@@ -235,7 +237,10 @@ def check_resumable(checkpoint: Checkpoint, config: Config, world: World, train_
         "precision": (was.precision, config.precision),
         "zero.stage": (was.zero.stage, config.zero.stage),
         "data.global_batch": (was.data.global_batch, config.data.global_batch),
-        "number of training samples": (manifest.train_samples, train_samples),
+        "the training data": (_named(manifest.train_data), _named(train_data)),
+        "the sources' weights": ([s.weight for s in was.data.train], [s.weight for s in config.data.train]),
+        "data.lanes": (was.data.lanes, config.data.lanes),
+        "data.shuffle_window_shards": (was.data.shuffle_window_shards, config.data.shuffle_window_shards),
         "number of ranks": (manifest.world_size, world.size),
     }
     for key, (before, now) in pairs.items():
@@ -265,6 +270,10 @@ def _empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+
+
+def _named(train_data: list[TrainedOn]) -> str:
+    return ", ".join(f"{of.name} ({of.num_samples:,} photos, manifest {of.manifest_sha256[:12]}…)" for of in train_data)
 
 
 def _changed_fields(before: object, now: object) -> tuple[object, object]:

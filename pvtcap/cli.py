@@ -75,7 +75,7 @@ def train(
     ] = "auto",
 ) -> None:
     """Train; also under torchrun and srun, with the same words."""
-    from pvtcap.config import load
+    from pvtcap.configfile import load
 
     try:
         loaded = load(config, overrides or [])
@@ -92,7 +92,7 @@ def train(
             assert loaded.data.val is not None, "train asks for scores only where there is data.val"
             out = loaded.run.dir / "eval" / checkpoint.name
             report = evaluation.run(
-                checkpoint, loaded.data.val, out, world, loaded.evaluate, blank_photos=loaded.data.blank_photos
+                checkpoint, Path(loaded.data.val), out, world, loaded.evaluate, blank_photos=loaded.data.blank_photos
             )
             return ({} if report is None else report["scores"]), out / evaluation.SHEET
 
@@ -146,6 +146,25 @@ def compare(
         path = Path(folder if equals else word)
         reports[name if equals else path.name] = read_report(path)
     Console().print(score_table(reports))
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    json: Annotated[bool, typer.Option("--json", help="Print it for scripts.")] = False,
+) -> None:
+    """Say from a run's ledger which samples it has seen: each once an epoch? Exit code 1 if not."""
+    from rich.console import Console
+
+    from pvtcap import audit as auditing
+
+    report = auditing.audit(run)
+    if json:
+        Console().print_json(data=report.to_json())
+    else:
+        auditing.print_report(report, Console(highlight=False, soft_wrap=True))
+    if not report.is_clean:
+        raise typer.Exit(1)
 
 
 modelcommands.add_to(app)  # caption, export, fetch-weights

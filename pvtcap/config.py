@@ -1,21 +1,14 @@
 """The run's configuration: every default, every unit, every rule that needs no data and no GPU to check.
 
-Precedence, lowest first: the defaults below, the YAML file, then ``section.key=value`` words from the command line::
-
-    config = load("configs/flickr30k.yaml", ["optim.lr=5e-5", "data.global_batch=128"])
-
-A YAML file holds only what differs from the defaults. An unknown key is an error with a suggestion; a number typed as
-``3e-4`` (which YAML reads as a string) is the number. Nothing here is changed after it is loaded: what depends on the
-world size is derived by ``batch_plan``.
+``configfile`` reads one from a YAML file and the command line. Nothing here is changed after it is loaded: what depends
+on the world size is derived by ``batch_plan``.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -26,12 +19,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    field_validator,
     model_validator,
 )
 
-from pvtcap import recipes
-from pvtcap.errors import ConfigError, did_you_mean
+from pvtcap.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -45,9 +37,20 @@ class RunConfig(_Section):
     seed: NonNegativeInt = Field(0, description="Seeds new weights, sample order, augmentation and dropout.")
 
 
+class SourceConfig(_Section):
+    path: str = Field(description="ShardSet: a folder, or a URL of one (https://…, s3://…, gs://…).")
+    weight: PositiveFloat | None = Field(
+        None, description="Share of the photos drawn from here, relative to the other weights; all have one, or none."
+    )
+
+
 class DataConfig(_Section):
-    train: Path | None = Field(None, description="ShardSet folder to train on.")
-    val: Path | None = Field(None, description="ShardSet folder for validation loss, captions and scores.")
+    train: tuple[SourceConfig, ...] = Field(
+        (),
+        description="ShardSet to train on (a folder or a URL), or a list of them, each a path or {path, weight}. "
+        "Without weights they are one set, of which an epoch shows each photo once; with them each has its own epochs.",
+    )
+    val: str | None = Field(None, description="ShardSet (folder or URL) for validation loss, captions and scores.")
     global_batch: PositiveInt = Field(64, description="Photos in one optimizer step, over all ranks and accumulation.")
     micro_batch: PositiveInt | None = Field(
         None, description="Photos in one forward pass of one rank; null: global_batch / world size."
@@ -61,8 +64,41 @@ class DataConfig(_Section):
     )
     flip_probability: Fraction = Field(0.5, description="Chance that a photo is mirrored; 0 if captions say left.")
     blank_photos: bool = Field(False, description="Show the model grey pictures: how much does it know without them?")
-    shuffle_window_shards: PositiveInt = Field(16, description="Samples are shuffled within this many shards.")
+    lanes: PositiveInt = Field(
+        32,
+        description="Places of the data from which a batch is drawn, at most; ranks share them out. More mix better, "
+        "and keep more shards open at a time: lanes times shuffle_window_shards.",
+    )
+    shuffle_window_shards: PositiveInt = Field(2, description="Samples of a lane are shuffled within this many shards.")
+    max_bad_fraction: Fraction = Field(
+        0.001,
+        description="Photos that cannot be decoded are left out, named in the log and the ledger; when they are more "
+        "than this share of a source's photos in an epoch, the run stops.",
+    )
     workers: NonNegativeInt = Field(2, description="Decoding processes a rank; 0 decodes in the training process.")
+    worker_timeout_s: PositiveFloat = Field(
+        45.0, description="A decoding process that spends this long on one photo hangs: the run stops and names it."
+    )
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources(cls, given: Any) -> Any:
+        listed = given if isinstance(given, list | tuple) else () if given is None else (given,)
+        sources = [{"path": str(source)} if isinstance(source, str | Path) else source for source in listed]
+        if odd := [source for source in sources if not isinstance(source, dict | SourceConfig)]:
+            raise ValueError(f"data.train: got {odd[0]!r}; wanted a path, {{path, weight}}, or a list of these")
+        return tuple(sources)
+
+    @field_validator("val", mode="before")
+    @classmethod
+    def _location(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, Path) else given
+
+    @model_validator(mode="after")
+    def _all_weighted_or_none(self) -> Self:
+        if len({source.weight is None for source in self.train}) > 1:
+            raise ValueError("data.train gives some sources a weight and others none: give it to all, or to none")
+        return self
 
 
 class TextConfig(_Section):
@@ -187,38 +223,6 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (a path, or the name of a shipped one: ``flickr30k``) and apply ``a.b=c`` overrides."""
-    path = recipes.find_config(name)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from None
-    if not isinstance(tree, dict):
-        raise ConfigError("a configuration is a mapping of sections", where=path, got=type(tree).__name__)
-    for word in overrides:
-        _override(tree, word)
-    return parse(tree, where=path)
-
-
-def parse(tree: dict[str, Any], where: object) -> Config:
-    """Validate a tree of plain values; ConfigError names the first thing wrong with it."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    dotted = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
-        hint = did_you_mean(place[-1], known) or _other_section(place[-1]) or f"Known here: {', '.join(known)}."
-        raise ConfigError(f"unknown key '{dotted}'", where=where, do=hint)
-    message = first["msg"].removeprefix("Value error, ").lower().removeprefix("input should be ")
-    if first["type"] == "value_error":
-        raise ConfigError(first["msg"].removeprefix("Value error, "), where=f"{where}: {dotted}" if dotted else where)
-    raise ConfigError(f"bad value for '{dotted}'", where=where, got=repr(first["input"]), wanted=message)
-
-
 @dataclass(frozen=True)
 class BatchPlan:
     """How one global batch is cut: ``global_batch == micro_batch * world_size * accumulation`` photos."""
@@ -242,41 +246,3 @@ def batch_plan(data: DataConfig, world_size: int) -> BatchPlan:
             "another data.micro_batch, or another number of ranks.",
         )
     return BatchPlan(data.global_batch, micro, world_size, accumulation)
-
-
-def _override(tree: dict[str, Any], word: str) -> None:
-    dotted, equals, value = word.partition("=")
-    if not equals or not dotted:
-        raise ConfigError("not an override", got=repr(word), wanted="section.key=value, such as optim.lr=1e-4")
-    *sections, key = dotted.split(".")
-    branch = tree
-    for section in sections:
-        branch = branch.setdefault(section, {})
-        if not isinstance(branch, dict):
-            raise ConfigError(f"'{section}' in '{dotted}' is a value, not a section")
-    try:
-        branch[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        branch[key] = value
-
-
-def _model_at(sections: Sequence[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Config
-    for section in sections:
-        annotation = model.model_fields[section].annotation if section in model.model_fields else None
-        options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-        model_options = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not model_options:
-            return None
-        model = model_options[0]
-    return model
-
-
-def _known_keys(sections: Sequence[str]) -> list[str]:
-    model = _model_at(sections)
-    return list(model.model_fields) if model else []
-
-
-def _other_section(key: str) -> str | None:
-    homes = [name for name in Config.model_fields if key in _known_keys([name])]
-    return f"Did you mean '{homes[0]}.{key}'?" if homes else None

@@ -80,9 +80,9 @@ def generate(
     """Captions of this rank's photos."""
     model, tokenizer = checkpoint.captioner(world.device), checkpoint.tokenizer()
     data = checkpoint.config.data.model_copy(update={"blank_photos": blank_photos})
-    view = View(shardset, data, tokenizer, checkpoint.config.text.max_tokens)
+    view = View(data, tokenizer, checkpoint.config.text.max_tokens)
     captioned = []
-    for batch in whole_batches(view, how.micro_batch, world, even=False):
+    for batch in whole_batches(shardset, view, how.micro_batch, world, even=False):
         captions = model.caption(batch.photos.to(world.device), tokenizer, how)
         captioned += [
             Captioned(sample.key, sample.image_id, caption, sample.captions)

@@ -169,7 +169,7 @@ def _hub_folder(checkpoint: Checkpoint, captioner: Captioner, folder: Path) -> N
 def _save(state: Mapping[str, Tensor], path: Path, checkpoint: Checkpoint) -> None:
     manifest = checkpoint.manifest
     about = {"format": "pt", "pvtcap": __version__, "step": str(manifest.step),
-             "sources": json.dumps([source.model_dump() for source in manifest.sources])}  # fmt: skip
+             "weight_files": json.dumps([source.model_dump() for source in manifest.weight_files])}  # fmt: skip
     save_file({name: value.detach().contiguous() for name, value in state.items()}, path, metadata=about)
     path.chmod(0o644)  # the library makes it the owner's alone
 

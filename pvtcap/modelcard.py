@@ -32,7 +32,7 @@ def model_card(checkpoint: Checkpoint) -> str:
     facts = [
         ("step", f"{manifest.step:,}"),
         ("photos seen", f"{manifest.num_samples_seen:,} (a global batch has {manifest.global_batch})"),
-        ("training data", f"{config.data.train}, {manifest.train_samples:,} photos"),
+        ("training data", "; ".join(f"{of.name}, {of.num_samples:,} photos" for of in manifest.train_data)),
         ("encoder", f"{config.model.encoder}, {'trained' if 'encoder' in config.train.what else 'frozen'}"),
         ("what trained", config.train.what),
         ("photo size", f"{config.data.image_px} × {config.data.image_px} pixels"),
@@ -61,7 +61,7 @@ def _scores(report: dict[str, Any]) -> str:
 
 
 def _sources(checkpoint: Checkpoint) -> str:
-    sources = checkpoint.manifest.sources
+    sources = checkpoint.manifest.weight_files
     if not sources:
         return "No file was taken in, or a pvtcap that did not write them down began this run."
     rows = [f"| {s.part} | {_cell(s.file)} | {s.size_bytes:,} | `{s.sha256}` |" for s in sources]

@@ -112,7 +112,7 @@ def fetch_weights(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
 ) -> None:
     """Fetch what a configuration takes from the Hugging Face hub, and print the words that use it from there."""
-    from pvtcap.config import load
+    from pvtcap.configfile import load
     from pvtcap.weightfetch import fetch
 
     words = fetch(load(config, overrides or []), to)

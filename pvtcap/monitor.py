@@ -1,7 +1,7 @@
 """What a run says while it runs: the console, ``log.jsonl`` and TensorBoard. Rank 0 only; elsewhere it is silent.
 
-A line of log.jsonl is one JSON object: ``step``, ``kind`` (train, val or evaluate) and the numbers under the same names
-as TensorBoard's scalars. A resumed run drops the lines beyond the step it goes on from, so curves have no overlap.
+A line of log.jsonl is one JSON object: ``step``, ``kind`` (train, val, evaluate, bad) and the numbers under the same
+names as TensorBoard's scalars. A resumed run drops the lines beyond the step it goes on from: curves have no overlap.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from pvtcap import recipes
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.shardset import write_json
+from pvtcap.stream import BadSample
 
 _PACKAGES = ("pvtcap", "torch", "deepspeed", "timm", "transformers", "tokenizers", "numpy", "pillow")
 
@@ -103,6 +104,14 @@ class Monitor:
             f"{numbers['speed/captions_per_second']:.0f} captions/s  "
             f"data wait {numbers['data/wait_share']:.0%}  left {self._time_left(step)}"
         )
+
+    def bad_samples(self, step: int, bad: Sequence[BadSample], total: int) -> None:
+        """Photos that were left out of a step, a line each for the person; how many it were since the run began."""
+        if not bad:
+            return
+        self._write("bad", step, {"data/bad_samples": total})
+        for one in bad:
+            self.say(f"step {step}  left out: {one.where}: {one.reason}")
 
     def val(self, step: int, loss: float) -> None:
         """Loss on the whole validation set, nats a token."""

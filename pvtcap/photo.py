@@ -134,6 +134,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
+def is_upright(image: Image.Image) -> bool:
+    """Whether ``upright_rgb`` would leave the photo as it lies; reads no pixels."""
+    return image.getexif().get(_ORIENTATION, 1) not in _UPRIGHT
+
+
 def _webp_size(start: bytes) -> tuple[int, int]:
     """From the first chunk of a WebP: lossy, lossless or extended (RFC 9649)."""
     kind, low = start[12:16], int.from_bytes(start[21:25], "little")

@@ -197,7 +197,11 @@ class ShardReader:
 
     def where(self, shard: int, index: int) -> str:
         """How an error names a sample."""
-        return f"{self.shardset.path / self.shardset.manifest.shards[shard].file}, sample {self.key(shard, index)}"
+        return f"{self.shardset.path}/{self.shardset.manifest.shards[shard].file}, sample {self.key(shard, index)}"
+
+    def number(self, shard: int, index: int) -> str:
+        """The same, known before anything of the shard has been read."""
+        return f"{self.shardset.path}/{self.shardset.manifest.shards[shard].file}, sample number {index}"
 
     def read(self, shard: int, index: int) -> Sample:
         """One sample; the photo's bytes as stored. Raises ShardError on a short read or a damaged text member."""

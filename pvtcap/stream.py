@@ -1,16 +1,17 @@
-"""ShardSet → batches for one rank.
+"""Samples → batches for one rank.
 
 A batch is named by its number alone, so any worker process of any rank can make it, in any order: the stream's state
 is one integer, and resuming is starting to count from there. Photos travel as uint8; the model normalises them on its
 own device. Example::
 
-    view = View(ShardSet.open(path), config.data, tokenizer, config.text.max_tokens)
-    for batch in train_batches(view, plan, world, seed=0, first_step=0): ...
+    view = View(config.data, tokenizer, config.text.max_tokens)
+    for batch in train_batches(Sources.open(config.data), view, plan, world, seed=0, first_step=0): ...
+    for batch in whole_batches(ShardSet.open(path), view, 32, world, even=False): ...
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
@@ -18,18 +19,27 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pvtcap import pixels
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
-from pvtcap.errors import PvtcapError
-from pvtcap.order import Order, Place, generator
-from pvtcap.processes import start_worker
+from pvtcap.loader import Work, load
+from pvtcap.order import Place, generator
 from pvtcap.shardset import Sample, ShardReader, ShardSet
+from pvtcap.sources import SourceReader, Sources
 from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
 
 _TENSORS = ("photos", "tokens", "labels", "positions", "segments")
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample whose photo cannot be decoded: where it stands, which it is, why."""
+
+    place: Place
+    where: str
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class Batch:
     """A micro-batch of B photos with their captions packed to T tokens a row.
 
     ``photos`` (B, 3, H, W) uint8, RGB; ``tokens``, ``labels``, ``positions``, ``segments`` (B, T) int64, see ``text``;
-    ``samples`` as stored but without the photos' bytes; ``num_captions`` those packed here.
+    ``samples`` as stored but without the photos' bytes; ``num_captions`` those packed here. In training ``places`` are
+    the samples'; the row of a ``bad`` sample is a grey picture without labels, from which nothing is learned.
     """
 
     photos: Tensor
@@ -47,6 +58,8 @@ class Batch:
     segments: Tensor
     samples: tuple[Sample, ...]
     num_captions: int
+    places: tuple[Place, ...] = ()
+    bad: tuple[BadSample, ...] = ()
 
     @property
     def num_labels(self) -> int:
@@ -67,17 +80,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class View:
-    """A ShardSet as the model is to see it."""
+    """How the model is to see samples."""
 
-    shardset: ShardSet
     data: DataConfig
     tokenizer: CaptionTokenizer
     max_tokens: int
 
     def collate(self, photos: list[Tensor], samples: list[Sample], captions: list[list[str]]) -> Batch:
-        rows = pad_rows([self.tokenizer.pack(chosen, self.max_tokens) for chosen in captions], self.tokenizer.pad_id)
+        """Rows without captions get one, empty, and no labels."""
+        packed = [self.tokenizer.pack(chosen or [""], self.max_tokens) for chosen in captions]
+        rows = pad_rows(packed, self.tokenizer.pad_id)
+        for row, chosen in enumerate(captions):
+            if not chosen:
+                rows.labels[row] = IGNORE
         return Batch(
-            photos=torch.stack(photos),
+            photos=pixels.stacked(photos),
             tokens=torch.from_numpy(rows.tokens),
             labels=torch.from_numpy(rows.labels),
             positions=torch.from_numpy(rows.positions),
@@ -87,131 +104,108 @@ class View:
         )
 
 
-def train_batches(view: View, plan: BatchPlan, world: World, *, seed: int, first_step: int) -> Iterator[Batch]:
+def train_batches(
+    sources: Sources, view: View, plan: BatchPlan, world: World, *, seed: int, first_step: int
+) -> Iterator[Batch]:
     """Endless micro-batches of this rank, ``plan.accumulation`` a step, beginning with step ``first_step`` (from 0)."""
-    return _load(_TrainBatches(view, plan, world.rank, seed), _count_from(first_step * plan.accumulation), view, world)
+    work = _TrainBatches(sources, view, plan, world.rank, seed)
+    return _load(work, itertools.count(first_step * plan.accumulation), view, world)
 
 
-def whole_batches(view: View, micro_batch: int, world: World, *, even: bool) -> Iterator[Batch]:
+def whole_batches(shardset: ShardSet, view: View, micro_batch: int, world: World, *, even: bool) -> Iterator[Batch]:
     """This rank's part of the whole set in storage order: photos uncropped, all captions, each sample exactly once.
 
     The set is cut into batches first and then dealt to ranks, so a batch is the same at any world size. With ``even``
     every rank gets as many batches as any other (each forward pass of ZeRO-3 is a collective): a rank with nothing left
     repeats the set's first batch without labels or samples.
     """
-    batches = _WholeBatches(view, micro_batch)
+    batches = _WholeBatches(shardset, view, micro_batch)
     mine = range(world.rank, len(batches), world.size)
     yield from _load(batches, mine, view, world)
     if even and len(mine) < -(-len(batches) // world.size):
-        yield _unwrap(batches[0]).without_labels()
+        yield next(_load(batches, [0], view, world)).without_labels()
 
 
-class _TrainBatches(Dataset["Batch | PvtcapError"]):
-    """Item ``step * accumulation + turn`` is a micro-batch of one rank."""
+class _TrainBatches(Work[Batch]):
+    """Batch ``step * accumulation + turn`` is a micro-batch of one rank, whose slots are neighbours in the order."""
 
-    def __init__(self, view: View, plan: BatchPlan, rank: int, seed: int) -> None:
-        self.view, self.plan, self.rank, self.seed = view, plan, rank, seed
-        self.order = Order(view.shardset.sizes, seed=seed, window_shards=view.data.shuffle_window_shards)
-        self.reader = ShardReader(view.shardset)
+    def __init__(self, sources: Sources, view: View, plan: BatchPlan, rank: int, seed: int) -> None:
+        self.view, self.plan, self.seed = view, plan, seed
+        self.first_slot = rank * plan.accumulation * plan.micro_batch
+        self.order = sources.order(view.data, seed)
+        self.reader = SourceReader(sources)
 
-    def __getitem__(self, number: int) -> Batch | PvtcapError:
+    def make(self, number: int) -> Batch:
         step, turn = divmod(number, self.plan.accumulation)
-        first = step * self.plan.global_batch + (turn * self.plan.world_size + self.rank) * self.plan.micro_batch
-        photos, samples, captions = [], [], []
-        try:
-            for position in range(first, first + self.plan.micro_batch):
-                place = self.order.place(position)
-                draw = generator(self.seed, place)
-                sample = self.reader.read(place.shard, place.sample)
-                captions.append(self._chosen_captions(sample, draw))
-                photos.append(self._photo(sample, place, draw))
-                samples.append(sample)
-        except PvtcapError as error:
-            return error
-        return self.view.collate(photos, samples, captions)
+        first = step * self.plan.global_batch + self.first_slot + turn * self.plan.micro_batch
+        places = [self.order.place(position) for position in range(first, first + self.plan.micro_batch)]
+        photos, samples, captions, bad = [], [], [], []
+        for place in places:
+            self.board.begin(self.reader.number(place))
+            where = self.reader.where(place)
+            self.board.begin(where)
+            draw = generator(self.seed, place)
+            sample = self.reader.read(place)
+            chosen = self._chosen_captions(sample, draw)
+            try:
+                photo = self._photo(sample, where, draw)
+            except pixels.UndecodablePhoto as error:
+                bad.append(BadSample(place, where, sample.key, error.reason))
+                photo, chosen = pixels.blank(self.view.data.image_px), []
+            photos.append(photo)
+            samples.append(sample)
+            captions.append(chosen)
+        return replace(self.view.collate(photos, samples, captions), places=tuple(places), bad=tuple(bad))
 
     def _chosen_captions(self, sample: Sample, draw: np.random.Generator) -> list[str]:
         chosen = draw.permutation(len(sample.captions))[: self.view.data.captions_per_photo]
         return [sample.captions[number] for number in sorted(chosen)]
 
-    def _photo(self, sample: Sample, place: Place, draw: np.random.Generator) -> Tensor:
+    def _photo(self, sample: Sample, where: str, draw: np.random.Generator) -> Tensor:
         data = self.view.data
         if data.blank_photos:
             return pixels.blank(data.image_px)
-        photo = pixels.decode(sample.photo, self.reader.where(place.shard, place.sample))
-        return pixels.augmented(photo, data.image_px, data.crop_min_area, data.flip_probability, draw)
+        return pixels.augmented(sample.photo, where, data.image_px, data.crop_min_area, data.flip_probability, draw)
 
 
-class _WholeBatches(Dataset["Batch | PvtcapError"]):
-    """Item n is samples n * micro_batch … of the set in storage order."""
+class _WholeBatches(Work[Batch]):
+    """Batch n is samples n * micro_batch … of the set in storage order."""
 
-    def __init__(self, view: View, micro_batch: int) -> None:
-        self.view, self.micro_batch = view, micro_batch
-        self.reader = ShardReader(view.shardset)
-        self.starts = np.cumsum([0, *view.shardset.sizes])
+    def __init__(self, shardset: ShardSet, view: View, micro_batch: int) -> None:
+        self.shardset, self.view, self.micro_batch = shardset, view, micro_batch
+        self.reader = ShardReader(shardset)
+        self.starts = np.cumsum([0, *shardset.sizes])
 
     def __len__(self) -> int:
-        return -(-self.view.shardset.num_samples // self.micro_batch)
+        return -(-self.shardset.num_samples // self.micro_batch)
 
-    def __getitem__(self, number: int) -> Batch | PvtcapError:
-        start = number * self.micro_batch
+    def make(self, number: int) -> Batch:
+        first = number * self.micro_batch
         photos, samples = [], []
-        try:
-            for position in range(start, min(start + self.micro_batch, self.view.shardset.num_samples)):
-                shard = int(np.searchsorted(self.starts, position, side="right")) - 1
-                index = position - int(self.starts[shard])
-                samples.append(self.reader.read(shard, index))
-                photos.append(self._photo(samples[-1], shard, index))
-        except PvtcapError as error:
-            return error
+        for position in range(first, min(first + self.micro_batch, self.shardset.num_samples)):
+            shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+            index = position - int(self.starts[shard])
+            self.board.begin(self.reader.number(shard, index))
+            where = self.reader.where(shard, index)
+            self.board.begin(where)
+            sample = self.reader.read(shard, index)
+            photos.append(self._photo(sample, where))
+            samples.append(sample)
         return self.view.collate(photos, samples, [list(sample.captions) for sample in samples])
 
-    def _photo(self, sample: Sample, shard: int, index: int) -> Tensor:
+    def _photo(self, sample: Sample, where: str) -> Tensor:
         side_px = self.view.data.image_px
         if self.view.data.blank_photos:
             return pixels.blank(side_px)
-        return pixels.square(pixels.decode(sample.photo, self.reader.where(shard, index)), side_px)
+        return pixels.whole(sample.photo, where, side_px)
 
 
-def _load(batches: Dataset[Batch | PvtcapError], numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:
-    """Make the batches with these numbers in worker processes, a few ahead, and hand them over in order."""
-    workers = view.data.workers
-    # fork would copy a process full of threads (DeepSpeed's, CUDA's, gloo's) in an unknown state; a server that has
-    # imported this module and nothing else starts a worker in milliseconds.
-    context = multiprocessing.get_context("forkserver") if workers else None
-    if context is not None:
-        context.set_forkserver_preload([__name__])
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        multiprocessing_context=context,
-        worker_init_fn=_start_worker if workers else None,
+def _load(work: Work[Batch], numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:
+    return load(
+        work,
+        numbers,
+        workers=view.data.workers,
+        timeout_s=view.data.worker_timeout_s,
+        rank=world.rank,
         pin_memory=world.device.type == "cuda",
     )
-    for item in loader:
-        yield _unwrap(item)
-
-
-def _start_worker(worker: int) -> None:
-    """Workers share the cores with the model; each is one thread.
-
-    They end with the process they work for, however it ends: torch's own watch looks at the parent process, which is
-    the fork server's and outlives a killed trainer.
-    """
-    torch.set_num_threads(1)
-    start_worker()
-
-
-def _unwrap(item: Batch | PvtcapError) -> Batch:
-    # Errors leave a worker process as values, so that they arrive as they are and not inside a traceback.
-    if isinstance(item, PvtcapError):
-        raise item
-    return item
-
-
-def _count_from(first: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += 1

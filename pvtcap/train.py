@@ -23,9 +23,11 @@ from pvtcap.config import BatchPlan, Config, batch_plan
 from pvtcap.dist import World
 from pvtcap.engine import Engine, deepspeed_dict, lr_scale
 from pvtcap.errors import ConfigError, TrainError
+from pvtcap.ledger import Ledger
 from pvtcap.monitor import Monitor, StepStats
 from pvtcap.shardset import ShardSet
-from pvtcap.stream import Batch, View, train_batches, whole_batches
+from pvtcap.sources import Sources
+from pvtcap.stream import BadSample, Batch, View, train_batches, whole_batches
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightreport import Loaded, SourceFile, source_files, weights_table
 
@@ -38,84 +40,102 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluat
     engine = Engine(job.model, config, job.plan, world)
     if job.resumed is not None:
         engine.load(str(job.resumed.path), checkpoint.ENGINE)
-    batches = train_batches(job.train, job.plan, world, seed=config.run.seed, first_step=job.start_step)
+    batches = train_batches(job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step)
+    ledger = Ledger(
+        config.run.dir, job.train, world, start_step=job.start_step, max_bad_fraction=config.data.max_bad_fraction
+    )
     with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
         monitor.say(job.summary(config, world))
         if any(one.taken for one in job.loaded):
             monitor.say(weights_table(job.loaded))
         if job.start_step == 0:
-            look(engine, job, config, world, monitor, 0, evaluate)
+            look(engine, job, ledger, world, monitor, 0, evaluate)
         for step in range(job.start_step + 1, job.total_steps + 1):
             scale = lr_scale(step, job.total_steps, config.optim)
-            monitor.step(step, train_step(engine, batches, job.plan, world, step=step, scale=scale))
-            look(engine, job, config, world, monitor, step, evaluate)
+            stats, bad = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale)
+            monitor.bad_samples(step, bad, ledger.num_bad)
+            monitor.step(step, stats)
+            look(engine, job, ledger, world, monitor, step, evaluate)
         monitor.say(f"done: {job.total_steps} steps; {config.run.dir}")
 
 
 def train_step(
-    engine: Engine, batches: Iterator[Batch], plan: BatchPlan, world: World, *, step: int, scale: float
-) -> StepStats:
-    """One optimizer step on one global batch. The loss is a sum over tokens divided by the global token count."""
+    engine: Engine,
+    batches: Iterator[Batch],
+    ledger: Ledger,
+    plan: BatchPlan,
+    world: World,
+    *,
+    step: int,
+    scale: float,
+) -> tuple[StepStats, list[BadSample]]:
+    """One optimizer step on one global batch, and what of it could not be decoded on any rank.
+
+    The loss is a sum over tokens divided by the global token count.
+    """
     started = time.perf_counter()
     micro_batches = [next(batches) for _ in range(plan.accumulation)]
     waited = time.perf_counter() - started
-    counts = world.sum([sum(b.num_labels for b in micro_batches), sum(b.num_captions for b in micro_batches)])
-    num_labels, num_captions = map(int, counts)
+    labels, captions = (sum(getattr(b, name) for b in micro_batches) for name in ("num_labels", "num_captions"))
+    num_labels, num_captions, num_bad = map(int, world.sum([labels, captions, ledger.take(micro_batches)]))
+    bad = ledger.judge(step) if num_bad else []
     local_sum = 0.0
     for turn, batch in enumerate(micro_batches):
         if turn:
             engine.accumulate()
         torch.manual_seed(dropout_seed(engine.config.run.seed, step, turn, world.rank))
-        local_sum += engine.forward_backward(batch, scale=1 / num_labels)
+        local_sum += engine.forward_backward(batch, scale=1 / max(1, num_labels))  # 0 where all photos are bad
     (loss_sum,) = world.sum([local_sum])
     if not math.isfinite(loss_sum):
         stop_not_finite(world, step, local_sum, micro_batches)
     grad_norm = engine.step(scale)
-    return StepStats(
-        loss=loss_sum / num_labels,
+    stats = StepStats(
+        loss=loss_sum / max(1, num_labels),
         grad_norm=grad_norm,
         lr=engine.config.optim.lr * scale,
-        photos=plan.global_batch,
+        photos=plan.global_batch - num_bad,
         captions=num_captions,
         tokens=num_labels,
         seconds=time.perf_counter() - started,
         data_wait_seconds=waited,
     )
+    return stats, bad
 
 
 def look(
-    engine: Engine, job: Job, config: Config, world: World, monitor: Monitor, step: int, evaluate: Evaluate | None
+    engine: Engine, job: Job, ledger: Ledger, world: World, monitor: Monitor, step: int, evaluate: Evaluate | None
 ) -> None:
     """What is due after a step: validation loss, a checkpoint, captions and their scores."""
-    last = step == job.total_steps
+    config, last = engine.config, step == job.total_steps
     if job.val is not None and due(config.train.val_every_steps, step, last):
-        monitor.val(step, val_loss(engine, job.val, world, job.plan.micro_batch))
+        monitor.val(step, val_loss(engine, job.val, job.view, world, job.plan.micro_batch))
     scoring = (
         evaluate is not None
         and job.val is not None
         and (due(config.evaluate.every_steps, step, last) if step else config.evaluate.at_start)
     )
     if scoring or (step and (last or due(config.checkpoint.every_steps, step, last))):
+        ledger.write(step)
         folder = checkpoint.save(
             engine,
-            job.train.tokenizer,
+            job.view.tokenizer,
             config,
             job.plan,
             world,
             step=step,
-            train_samples=job.train.shardset.num_samples,
+            train_data=job.train.describe(),
             encoder_sha256=job.encoder_sha256,
-            sources=job.sources,
+            weight_files=job.weight_files,
         )
         if scoring and evaluate is not None:
             scores, sheet = evaluate(folder)
             monitor.scores(step, scores, sheet)
 
 
-def val_loss(engine: Engine, val: View, world: World, micro_batch: int) -> float:
+def val_loss(engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int) -> float:
     """Mean loss (nats a token) over the whole set, each sample exactly once, at any world size."""
     loss_sum, num_labels = 0.0, 0
-    for batch in whole_batches(val, micro_batch, world, even=True):
+    for batch in whole_batches(val, view, micro_batch, world, even=True):
         loss_sum += engine.loss_sum(batch)
         num_labels += batch.num_labels
     loss_sum, num_labels_all = world.sum([loss_sum, num_labels])
@@ -132,14 +152,15 @@ class Job:
     """All that a run needs before it has an engine; equal on all ranks."""
 
     plan: BatchPlan
-    train: View
-    val: View | None
+    train: Sources
+    val: ShardSet | None
+    view: View
     model: Captioner
     encoder_sha256: str | None
     resumed: checkpoint.Checkpoint | None
     total_steps: int
     loaded: tuple[Loaded, ...]
-    sources: tuple[SourceFile, ...]
+    weight_files: tuple[SourceFile, ...]
 
     @property
     def start_step(self) -> int:
@@ -149,7 +170,7 @@ class Job:
         learning = sum(parameter.numel() for parameter in self.model.trainable().values())
         begin = f"going on from step {self.start_step} of" if self.resumed else "training"
         return (
-            f"{begin} {self.total_steps} steps: {self.train.shardset.num_samples:,} photos, global batch "
+            f"{begin} {self.total_steps} steps: {self.train.num_samples:,} photos, global batch "
             f"{self.plan.global_batch} = {self.plan.micro_batch} × {world.size} ranks × {self.plan.accumulation}, "
             f"{world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
             + (f", {learning:,} parameters learn ({config.train.what})" if learning else "")
@@ -159,28 +180,29 @@ class Job:
 def prepare(config: Config, world: World, resume: str) -> Job:
     """Open data, find the checkpoint, build the model; everything that can be wrong is found here, before step 1."""
     plan = world.on_first_rank(lambda: batch_plan(config.data, world.size))
-    shardset = world.on_first_rank(lambda: open_train(config))
-    val_set = world.on_first_rank(lambda: ShardSet.open(config.data.val) if config.data.val else None)
-    total_steps = world.on_first_rank(lambda: length(config, shardset.num_samples))
+    sources = world.on_first_rank(lambda: Sources.open(config.data))
+    world.on_first_rank(lambda: sources.order(config.data, config.run.seed) and None)  # are the weights possible?
+    val = world.on_first_rank(lambda: ShardSet.open(Path(config.data.val)) if config.data.val else None)
+    total_steps = world.on_first_rank(lambda: length(config, sources.num_samples))
     resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
     if resumed is not None:
-        found, num_samples = resumed, shardset.num_samples
-        world.on_first_rank(lambda: checkpoint.check_resumable(found, config, world, num_samples))
+        found = resumed
+        world.on_first_rank(lambda: checkpoint.check_resumable(found, config, world, sources.describe()))
         tokenizer = resumed.tokenizer()
     else:
-        tokenizer = world.on_first_rank(lambda: make_tokenizer(config, shardset))
+        tokenizer = world.on_first_rank(lambda: make_tokenizer(config, sources))
     model = Captioner(config, tokenizer.size)
     frozen_encoder = not model.encoder_trains
     loaded = load_weights(model, config, resumed)
-    sources = world.on_first_rank(lambda: source_files(loaded)) if resumed is None else resumed.manifest.sources
+    if resumed is None:
+        weight_files = world.on_first_rank(lambda: source_files(loaded))
+    else:
+        weight_files = resumed.manifest.weight_files  # what the run began with, all of it
     if resumed is not None and frozen_encoder:
         checkpoint.check_encoder(model, resumed.manifest, resumed.path)
-    views = [
-        View(part, config.data, tokenizer, config.text.max_tokens) if part else None for part in (shardset, val_set)
-    ]
-    assert views[0] is not None
+    view = View(config.data, tokenizer, config.text.max_tokens)
     encoder_sha256 = model.encoder.fingerprint() if frozen_encoder else None
-    return Job(plan, views[0], views[1], model, encoder_sha256, resumed, total_steps, loaded, sources)
+    return Job(plan, sources, val, view, model, encoder_sha256, resumed, total_steps, loaded, weight_files)
 
 
 def load_weights(model: Captioner, config: Config, resumed: checkpoint.Checkpoint | None) -> tuple[Loaded, ...]:
@@ -193,12 +215,6 @@ def load_weights(model: Captioner, config: Config, resumed: checkpoint.Checkpoin
     return tuple(loaded)
 
 
-def open_train(config: Config) -> ShardSet:
-    if config.data.train is None:
-        raise ConfigError("no training data", where="data.train", do="Give a shard folder: data.train=DIR.")
-    return ShardSet.open(config.data.train)
-
-
 def length(config: Config, train_samples: int) -> int:
     """Optimizer steps of the whole run."""
     if config.train.steps is not None:
@@ -208,11 +224,11 @@ def length(config: Config, train_samples: int) -> int:
     return math.ceil(config.train.epochs * train_samples / config.data.global_batch)
 
 
-def make_tokenizer(config: Config, shardset: ShardSet) -> CaptionTokenizer:
+def make_tokenizer(config: Config, sources: Sources) -> CaptionTokenizer:
     """The vocabulary ``text.vocab`` names, or one learned from the training captions."""
     if config.text.vocab != "train":
         return weights.load_vocab(config.text)
-    captions = (caption for group in shardset.captions() for caption in group)
+    captions = (caption for group in sources.captions() for caption in group)
     return CaptionTokenizer.train(captions, config.text.vocab_size, config.text.prompt)
 
 

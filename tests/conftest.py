@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from pvtcap.config import Config, parse
+from pvtcap.config import Config
+from pvtcap.configfile import parse
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub
 ROOT = Path(__file__).parents[1]

@@ -52,10 +52,11 @@ def test_a_photo_is_turned_upright(captioner: pvtcap.Captioner) -> None:
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90° clockwise to see it upright
-    buffer = io.BytesIO()
+    buffer, upright = io.BytesIO(), io.BytesIO()
     image.save(buffer, "PNG", exif=exif)
-    turned = image.transpose(Image.Transpose.ROTATE_270)
-    assert torch.equal(captioner.square(buffer.getvalue()), captioner.square(turned))
+    image.transpose(Image.Transpose.ROTATE_270).save(upright, "PNG")
+    assert torch.equal(captioner.square(buffer.getvalue()), captioner.square(upright.getvalue()))
+    assert torch.equal(captioner.square(Image.open(buffer)), captioner.square(upright.getvalue()))
 
 
 def test_the_score_is_the_mean_log_probability_of_the_tokens(captioner: pvtcap.Captioner) -> None:
@@ -80,7 +81,7 @@ def test_what_is_not_an_image_or_a_setting(captioner: pvtcap.Captioner, tmp_path
     (tmp_path / "cat.jpg").write_text("no photo")
     for photo, says in (
         (tmp_path / "cat.jpg", r"cat\.jpg: not a photo"),
-        (tmp_path / "none.jpg", r"none\.jpg: (no such photo|unreadable photo)"),
+        (tmp_path / "none.jpg", r"none\.jpg: missing photo"),
         (b"no photo", "bytes: not a photo"),
     ):
         with pytest.raises(ShardError, match=says):

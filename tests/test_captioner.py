@@ -9,7 +9,8 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from pvtcap.captioner import Captioner
-from pvtcap.config import Config, EvaluateConfig, ModelConfig, parse
+from pvtcap.config import Config, EvaluateConfig, ModelConfig
+from pvtcap.configfile import parse
 from pvtcap.decoder import Decoder, packed_mask
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError

@@ -30,7 +30,7 @@ def write(config: Config, step: int) -> Path:
     TOKENIZER.save(folder / "vocab.txt")
     manifest = {
         "format": FORMAT, "pvtcap": __version__, "step": step, "num_samples_seen": step * 8, "world_size": 1,
-        "global_batch": 8, "train_samples": 48, "config": config.model_dump(mode="json"),
+        "global_batch": 8, "train_data": [], "config": config.model_dump(mode="json"),
         "encoder": config.model.encoder, "encoder_sha256": None,
         "trainable_sha256": sha256_file(folder / TRAINABLE),
         "files": {TRAINABLE: (folder / TRAINABLE).stat().st_size},

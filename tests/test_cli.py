@@ -19,7 +19,8 @@ from conftest import ROOT, torchrun
 from test_checkpoint import write
 from test_train import losses
 
-from pvtcap.config import Config, parse
+from pvtcap.config import Config
+from pvtcap.configfile import parse
 from pvtcap.shardset import ShardSet
 
 

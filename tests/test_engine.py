@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,12 @@ import torch
 from conftest import RankFunction
 
 from pvtcap.captioner import Captioner
-from pvtcap.config import Config, OptimConfig, batch_plan, parse
+from pvtcap.config import Config, OptimConfig, batch_plan
+from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import Engine, deepspeed_dict, lr_scale, parameter_groups
-from pvtcap.shardset import ShardSet
+from pvtcap.ledger import Ledger
+from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
 from pvtcap.text import CaptionTokenizer
 from pvtcap.train import train_step, val_loss
@@ -24,18 +25,19 @@ STEPS = 4
 
 def train(world: World, config: Config) -> dict[str, Any]:
     """A few steps: the losses, gradient norms, a validation loss, and a checksum of every parameter."""
-    shardset = ShardSet.open(Path(str(config.data.train)))
-    tokenizer = CaptionTokenizer.train((text for group in shardset.captions() for text in group), 100)
+    sources = Sources.open(config.data)
+    tokenizer = CaptionTokenizer.train((text for group in sources.captions() for text in group), 100)
     plan = batch_plan(config.data, world.size)
     engine = Engine(Captioner(config, tokenizer.size), config, plan, world)
-    view = View(shardset, config.data, tokenizer, config.text.max_tokens)
-    batches = train_batches(view, plan, world, seed=0, first_step=0)
-    stats = [train_step(engine, batches, plan, world, step=step, scale=1.0) for step in range(1, STEPS + 1)]
+    view = View(config.data, tokenizer, config.text.max_tokens)
+    batches = train_batches(sources, view, plan, world, seed=0, first_step=0)
+    ledger = Ledger(config.run.dir, sources, world, start_step=0, max_bad_fraction=0.0)
+    stats = [train_step(engine, batches, ledger, plan, world, step=step, scale=1.0)[0] for step in range(1, STEPS + 1)]
     state = engine.trainable_state() or {}
     return {
         "losses": [one.loss for one in stats],
         "grad_norms": [one.grad_norm for one in stats],
-        "val_loss": val_loss(engine, view, world, 5),
+        "val_loss": val_loss(engine, sources.shardsets[0], view, world, 5),
         "weights": {name: float(value.double().abs().sum()) for name, value in state.items()},
     }
 

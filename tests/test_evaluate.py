@@ -11,7 +11,7 @@ from conftest import ROOT, RankFunction, torchrun
 
 from pvtcap import evaluate as evaluation
 from pvtcap import train as training
-from pvtcap.config import parse
+from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError
 from pvtcap.evaluate import Captioned, merge

@@ -11,7 +11,8 @@ import pytest
 
 from pvtcap import recipes
 from pvtcap.captioner import Captioner
-from pvtcap.config import batch_plan, load
+from pvtcap.config import batch_plan
+from pvtcap.configfile import load
 from pvtcap.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

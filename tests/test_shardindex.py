@@ -90,10 +90,11 @@ def test_img2dataset_is_read_and_trained_on_where_it_lies(tmp_path: Path, config
     assert all(Image.open(io.BytesIO(sample.photo)).size == (sample.width, sample.height) for sample in found)
 
     seen = view(folder, config)
-    plan = batch_plan(seen.data, 1)
-    stream = itertools.islice(train_batches(seen, plan, rank(0, 1), seed=0, first_step=0), 3)
+    (found_set,) = seen[0].shardsets
+    plan = batch_plan(seen[1].data, 1)
+    stream = itertools.islice(train_batches(*seen, plan, rank(0, 1), seed=0, first_step=0), 3)
     assert sorted(sample.key for batch in stream for sample in batch.samples) == [sample.key for sample in found]
-    whole = whole_batches(seen, 4, rank(0, 1), even=False)
+    whole = whole_batches(found_set, seen[1], 4, rank(0, 1), even=False)
     assert [sample.key for batch in whole for sample in batch.samples] == [sample.key for sample in found]
 
 

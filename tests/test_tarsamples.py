@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_shardindex import Members, img2dataset, index, samples, write_tar
 from test_shardwriter import picture
-from test_stream import rank, view
+from test_stream import rank, whole
 
 from pvtcap.config import Config
 from pvtcap.shardindex import IndexOptions, index_tars
@@ -121,5 +121,5 @@ def test_every_kind_of_photo_has_its_size_and_comes_through_the_stream(
     write_tar(tmp_path / "x.tar", members)
     assert index(tmp_path) == {}
     assert [(sample.width, sample.height) for sample in samples(tmp_path)] == [(33 + n, 57) for n in range(8)]
-    [batch] = whole_batches(view(tmp_path, config), 8, rank(0, 1), even=False)
+    [batch] = whole_batches(*whole(tmp_path, config), 8, rank(0, 1), even=False)
     assert batch.photos.shape == (8, 3, 32, 32)

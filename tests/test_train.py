@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pvtcap import train as training
 from pvtcap.checkpoint import Checkpoint
-from pvtcap.config import parse
+from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.errors import PvtcapError
-from pvtcap.shardset import ShardSet
+from pvtcap.sources import Sources
 from pvtcap.train import dropout_seed, due, length
 
 
@@ -67,7 +67,7 @@ def test_a_run_leaves_what_its_watchers_look_for(run_ranks: RankFunction, tree: 
     run_ranks("test_train:run_once", 1, tree=tree | {"train": {**tree["train"], "val_every_steps": 3}})
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "deepspeed.json", "environment.json", "log.jsonl", "tensorboard", "checkpoints",
+        "config.yaml", "deepspeed.json", "environment.json", "log.jsonl", "tensorboard", "checkpoints", "ledger",
     }  # fmt: skip
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
@@ -119,7 +119,7 @@ def test_going_on_as_another_run_is_refused_with_what_changed(run_ranks: RankFun
     assert "run.seed" in told["seed"]
     assert "data.global_batch" in told["batch"]
     assert "zero.stage" in told["stage"]
-    assert "number of training samples" in told["data"]
+    assert "the training data" in told["data"]
     assert "multiple of micro_batch" in told["divide"]
     assert "no training data" in told["no data"]
     assert "already holds a run" in told["none"]
@@ -141,6 +141,7 @@ def explode(world: World, tree: dict[str, Any]) -> list[Any]:
     """One training step with weights of which rank 0's give NaN."""
     from pvtcap.engine import Engine
     from pvtcap.errors import TrainError
+    from pvtcap.ledger import Ledger
     from pvtcap.stream import train_batches
 
     config = parse(tree, "test")
@@ -150,9 +151,10 @@ def explode(world: World, tree: dict[str, Any]) -> list[Any]:
         engine.model.projection.net.bias.data[0] = float("nan")
     weight = engine.model.decoder.lm.bert.embeddings.word_embeddings.weight
     before = float(weight.data.double().sum())
-    batches = train_batches(job.train, job.plan, world, seed=0, first_step=0)
+    batches = train_batches(job.train, job.view, job.plan, world, seed=0, first_step=0)
+    ledger = Ledger(config.run.dir, job.train, world, start_step=0, max_bad_fraction=0.0)
     try:
-        training.train_step(engine, batches, job.plan, world, step=1, scale=1.0)
+        training.train_step(engine, batches, ledger, job.plan, world, step=1, scale=1.0)
     except TrainError as error:
         return [str(error), before, float(weight.data.double().sum())]
     return ["nothing was raised", before, before]
@@ -179,8 +181,9 @@ def test_epochs_become_steps_rounded_up(tree: dict[str, Any], shapes: Path) -> N
 
 
 def test_the_learned_vocabulary_covers_the_training_captions(tree: dict[str, Any]) -> None:
-    shardset = ShardSet.open(Path(tree["data"]["train"]))
-    tokenizer = training.make_tokenizer(parse(tree, "test"), shardset)
-    for captions in shardset.captions():
+    config = parse(tree, "test")
+    sources = Sources.open(config.data)
+    tokenizer = training.make_tokenizer(config, sources)
+    for captions in sources.captions():
         for caption in captions:
             assert tokenizer.decode(tokenizer.pack([caption], 24).tokens.tolist()) == caption

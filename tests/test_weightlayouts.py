@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForPreTraining, BlipForConditionalGener
 
 from pvtcap import weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import parse
+from pvtcap.configfile import parse
 from pvtcap.errors import CheckpointError
 from pvtcap.weightnames import decoder_names, encoder_names
 from pvtcap.weightreport import source_files, weights_table

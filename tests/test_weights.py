@@ -14,7 +14,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from pvtcap import weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import TextConfig, parse
+from pvtcap.config import TextConfig
+from pvtcap.configfile import parse
 from pvtcap.errors import CheckpointError, ConfigError, PvtcapError
 from pvtcap.weightfiles import read_tensors
 from pvtcap.weightreport import Loaded
@@ -37,12 +38,16 @@ def load_decoder(model: Captioner, tree: dict[str, Any], source: object) -> Load
     return weights.load_decoder(model, parse({**tree, "model": {**tree["model"], "decoder": str(source)}}, "test"))
 
 
+def pvt_weights(path: Path, seed: int = 4) -> None:
+    """What timm publishes: the whole classifier, head and last stage included."""
+    torch.manual_seed(seed)
+    save_file(timm.create_model("pvt_v2_b0", pretrained=False).state_dict(), path)
+
+
 @pytest.fixture
 def pvt_file(tmp_path: Path) -> Path:
-    """What timm publishes: the whole classifier, head and last stage included."""
     path = tmp_path / "pvt_v2_b0.safetensors"
-    torch.manual_seed(4)
-    save_file(timm.create_model("pvt_v2_b0", pretrained=False).state_dict(), path)
+    pvt_weights(path)
     return path
 
 
@@ -78,8 +83,7 @@ def test_another_encoders_file_is_refused(tree: dict[str, Any], pvt_file: Path) 
     assert str(pvt_file) in str(caught.value)
 
 
-@pytest.fixture
-def blip(tmp_path: Path) -> BlipForConditionalGeneration:
+def blip_folder(folder: Path) -> BlipForConditionalGeneration:
     """A BLIP captioning model of Hugging Face's own class, as small as the test's decoder."""
     text = {"vocab_size": VOCAB, "hidden_size": 32, "encoder_hidden_size": 32, "num_hidden_layers": 1,
             "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 32,
@@ -88,8 +92,13 @@ def blip(tmp_path: Path) -> BlipForConditionalGeneration:
               "image_size": 32, "patch_size": 16}  # fmt: skip
     torch.manual_seed(6)
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
-    model.save_pretrained(tmp_path / "blip")
+    model.save_pretrained(folder)
     return model
+
+
+@pytest.fixture
+def blip(tmp_path: Path) -> BlipForConditionalGeneration:
+    return blip_folder(tmp_path / "blip")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

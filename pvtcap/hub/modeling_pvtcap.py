@@ -151,9 +151,18 @@ class PvtcapModel(PreTrainedModel):
         words = [row[len(self.config.prefix_ids) :] for row in rows]
         return [str(tokenizer.decode(row, skip_special_tokens=True)).replace(" ' ", "'") for row in words]
 
+    def _shrink_on_load(self, image: Any) -> None:
+        """As in the training: a large JPEG is read at a half, a quarter or an eighth of its size."""
+        orientation = image.getexif().get(0x0112, 1)
+        if image.format != "JPEG" or image.mode not in ("RGB", "L") or orientation in range(2, 9):
+            return
+        divisor = next((by for by in (8, 4, 2) if min(image.size) >= 1.5 * self.config.image_px * by), 1)
+        image.draft(image.mode, tuple(-(-side // divisor) for side in image.size))
+
     def _pixels(self, image: Any) -> Tensor:
         if not isinstance(image, Image.Image):
             with Image.open(image) as opened:
+                self._shrink_on_load(opened)
                 opened.load()
                 image = opened
         rgba = ImageOps.exif_transpose(image).convert("RGBA")

@@ -1,4 +1,4 @@
-"""pytest tests/test_config.py"""
+"""pytest tests/test_configfile.py"""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvtcap.config import Config, DataConfig, batch_plan, load, parse
+from pvtcap.config import Config, DataConfig, batch_plan
+from pvtcap.configfile import load, parse
 from pvtcap.errors import ConfigError
 
 

@@ -1,0 +1,92 @@
+"""A Config from a YAML file and words of the command line.
+
+    config = load("configs/flickr30k.yaml", ["optim.lr=5e-5", "data.global_batch=128"])
+
+Precedence, lowest first: the defaults of ``config``, the file, then ``section.key=value`` words. A file holds only
+what differs from the defaults. An unknown key is an error with a suggestion; a number typed as ``3e-4`` (which YAML
+reads as a string) is the number.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pvtcap import recipes
+from pvtcap.config import Config
+from pvtcap.errors import ConfigError, did_you_mean
+
+
+def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (a path, or the name of a shipped one: ``flickr30k``) and apply ``a.b=c`` overrides."""
+    path = recipes.find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("a configuration is a mapping of sections", where=path, got=type(tree).__name__)
+    for word in overrides:
+        _override(tree, word)
+    return parse(tree, where=path)
+
+
+def parse(tree: dict[str, Any], where: object) -> Config:
+    """Validate a tree of plain values; ConfigError names the first thing wrong with it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    place = [part for part in first["loc"] if isinstance(part, str)]  # without the numbers of a list's items
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1])
+        hint = did_you_mean(place[-1], known) or _other_section(place[-1]) or f"Known here: {', '.join(known)}."
+        raise ConfigError(f"unknown key '{dotted}'", where=where, do=hint)
+    message = first["msg"].removeprefix("Value error, ").lower().removeprefix("input should be ")
+    if first["type"] == "value_error":
+        raise ConfigError(first["msg"].removeprefix("Value error, "), where=f"{where}: {dotted}" if dotted else where)
+    raise ConfigError(f"bad value for '{dotted}'", where=where, got=repr(first["input"]), wanted=message)
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    dotted, equals, value = word.partition("=")
+    if not equals or not dotted:
+        raise ConfigError("not an override", got=repr(word), wanted="section.key=value, such as optim.lr=1e-4")
+    *sections, key = dotted.split(".")
+    branch = tree
+    for section in sections:
+        branch = branch.setdefault(section, {})
+        if not isinstance(branch, dict):
+            raise ConfigError(f"'{section}' in '{dotted}' is a value, not a section")
+    try:
+        branch[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        branch[key] = value
+
+
+def _model_at(sections: Sequence[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[section].annotation if section in model.model_fields else None
+        options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType, tuple) else (annotation,)
+        model_options = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not model_options:
+            return None
+        model = model_options[0]
+    return model
+
+
+def _known_keys(sections: Sequence[str]) -> list[str]:
+    model = _model_at(sections)
+    return list(model.model_fields) if model else []
+
+
+def _other_section(key: str) -> str | None:
+    homes = [name for name in Config.model_fields if key in _known_keys([name])]
+    return f"Did you mean '{homes[0]}.{key}'?" if homes else None

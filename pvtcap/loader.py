@@ -1,0 +1,192 @@
+"""Batches made by worker processes, handed over in order; a worker that dies or hangs is named with what it was at.
+
+    for batch in load(work, numbers=range(10), workers=2, timeout_s=45, rank=0, pin_memory=False): ...
+
+``Work`` makes the batch with a number, in whichever process it is asked to. torch's DataLoader does the rest; what it
+does not tell is which photo a worker was reading when it was killed or when it fell silent. Workers write that on a
+``Board`` in shared memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from pvtcap.errors import PvtcapError, ShardError
+from pvtcap.processes import start_worker
+
+T = TypeVar("T")
+
+_POLL_S = 5.0  # how often a silent loader is looked into
+_NAME_BYTES = 400
+
+
+class Row(NamedTuple):
+    """What a worker is at: its process, for how many seconds, and the sample's name."""
+
+    process: int
+    seconds: float
+    where: str
+
+
+class Board:
+    """A row for each worker in shared memory: its process, since when (monotonic ns; 0: idle), and the sample."""
+
+    def __init__(self, workers: int) -> None:
+        self._numbers: torch.Tensor = torch.zeros((max(1, workers), 2), dtype=torch.int64)
+        self._names: torch.Tensor = torch.zeros((max(1, workers), _NAME_BYTES), dtype=torch.uint8)
+        for shared in (self._numbers, self._names):
+            shared.share_memory_()  # type: ignore[no-untyped-call]
+
+    def begin(self, where: str) -> None:
+        """This process now works on the sample that a person would call ``where``."""
+        worker, name = self._mine(), where.encode("utf-8", "replace")[-_NAME_BYTES:]
+        row = self._names[worker].numpy()
+        row[: len(name)] = np.frombuffer(name, np.uint8)
+        row[len(name) :] = 0
+        self._numbers[worker].numpy()[:] = os.getpid(), time.monotonic_ns()
+
+    def idle(self) -> None:
+        """This process works on no sample: it may take its time."""
+        self._numbers[self._mine(), 1] = 0
+
+    def processes(self) -> list[int]:
+        """All that have begun with a sample."""
+        return [process for process in self._numbers[:, 0].tolist() if process]
+
+    def busy(self) -> list[Row]:
+        """The workers at a sample."""
+        now = time.monotonic_ns()
+        return [
+            Row(process, (now - since) / 1e9, bytes(name).rstrip(b"\0").decode("utf-8", "replace"))
+            for (process, since), name in zip(self._numbers.tolist(), self._names.tolist(), strict=True)
+            if since
+        ]
+
+    def _mine(self) -> int:
+        info = get_worker_info()
+        return 0 if info is None else int(info.id)
+
+
+class Work(Dataset["T | PvtcapError"], Generic[T]):
+    """Makes the batch with a number; ``make`` tells the board what it is at."""
+
+    board: Board
+
+    def make(self, number: int) -> T:
+        raise AssertionError("to be overridden")
+
+    def __getitem__(self, number: int) -> T | PvtcapError:
+        # Errors leave a worker process as values, so that they arrive as they are and not inside a traceback.
+        try:
+            return self.make(number)
+        except PvtcapError as error:
+            return error
+        finally:
+            self.board.idle()
+
+
+def load(
+    work: Work[T], numbers: Iterable[int], *, workers: int, timeout_s: float, rank: int, pin_memory: bool
+) -> Iterator[T]:
+    """The batches with these numbers, in order, made a few ahead by ``workers`` processes (0: by this one).
+
+    Raises what a worker raised, and ShardError, naming rank, shard and key, for a worker that died or that has been
+    ``timeout_s`` seconds at one sample.
+    """
+    work.board = Board(workers)
+    if not workers:
+        for number in numbers:
+            yield _unwrap(work[number])
+        return
+    # fork would copy a process full of threads (DeepSpeed's, CUDA's, gloo's) in an unknown state; a server that has
+    # imported this module and nothing else starts a worker in milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, type(work).__module__])
+    with warnings.catch_warnings():
+        # More workers than cores: torch thinks that is a mistake; where reading waits for a network it is none.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader: DataLoader[T | PvtcapError] = DataLoader(
+            work,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+            timeout=min(_POLL_S, timeout_s),
+        )
+        batches = iter(loader)
+    waiting_since = time.monotonic()
+    while True:
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            _look_into(error, work.board, time.monotonic() - waiting_since, timeout_s, rank)
+        else:
+            yield _unwrap(item)
+            waiting_since = time.monotonic()
+
+
+def _look_into(error: RuntimeError, board: Board, waited_s: float, timeout_s: float, rank: int) -> None:
+    """torch says that a worker died, or that none answered in time: go on waiting, or raise."""
+    busy = board.busy()
+    if "timed out" in str(error):
+        hanging = [row for row in busy if row.seconds > timeout_s]
+        if not hanging and (busy or waited_s < timeout_s):
+            return
+        for process in board.processes():
+            # Whatever they wait for, this process must be able to leave, which joins them.
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        raise ShardError(
+            f"a decoding process of rank {rank} hangs",
+            where=hanging[0].where if hanging else None,
+            got=f"{hanging[0].seconds if hanging else waited_s:.0f} seconds at one sample",
+            wanted=f"less than data.worker_timeout_s = {timeout_s:g}",
+            do="Is its disk or network away? Where reading is that slow, raise the limit.",
+        ) from None
+    if "exited unexpectedly" not in str(error):
+        raise error
+    gone = [row for row in busy if not _alive(row.process)]
+    raise ShardError(
+        f"a decoding process of rank {rank} died",
+        where=gone[0].where if gone else None,
+        do="Out of memory? Lower data.workers. If it is always this sample, leave it out.",
+    ) from None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _start_worker(worker: int) -> None:
+    """Workers share the cores with the model; each is one thread.
+
+    They end with the process they work for, however it ends: torch's own watch looks at the parent process, which is
+    the fork server's and outlives a killed trainer.
+    """
+    torch.set_num_threads(1)
+    start_worker()
+
+
+def _unwrap(item: T | PvtcapError) -> T:
+    if isinstance(item, PvtcapError):
+        raise item
+    return item

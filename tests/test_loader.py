@@ -1,0 +1,84 @@
+"""pytest tests/test_loader.py"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pvtcap.errors import ShardError
+from pvtcap.loader import Board, Work, load
+
+
+class Doing(Work[int]):
+    """Makes number 5 in the way that ``fate`` says, and all others by squaring."""
+
+    def __init__(self, fate: str) -> None:
+        self.fate = fate
+
+    def make(self, number: int) -> int:
+        self.board.begin(f"shard {number}, sample täst")
+        if number == 5:
+            match self.fate:
+                case "error":
+                    raise ShardError("damaged", where="shard 5", got=7, do="Mend it.")
+                case "bug":
+                    raise KeyError("a mistake of ours")
+                case "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "stop idle":
+                    self.board.idle()
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "slow":
+                    for _ in range(8):  # many samples, none of which takes long
+                        time.sleep(0.3)
+                        self.board.begin("another")
+        return number * number
+
+
+def loaded(fate: str, workers: int, timeout_s: float) -> Iterator[int]:
+    return load(Doing(fate), range(9), workers=workers, timeout_s=timeout_s, rank=3, pin_memory=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order(workers: int) -> None:
+    assert list(loaded("", workers, 60)) == [n * n for n in range(9)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_arrives_as_it_was_raised(workers: int) -> None:
+    with pytest.raises(ShardError, match=r"shard 5: damaged; got 7\. Mend it\."):
+        list(loaded("error", workers, 60))
+    with pytest.raises(KeyError):
+        list(loaded("bug", workers, 60))
+
+
+def test_many_quick_samples_are_no_hang() -> None:
+    assert list(loaded("slow", 1, 1.0))[-1] == 64
+
+
+@pytest.mark.parametrize(("fate", "message"), [
+    ("die", "shard 5, sample täst: a decoding process of rank 3 died. Out of memory?"),
+    ("stop", r"shard 5, sample täst: a decoding process of rank 3 hangs; got \d+ seconds at one sample; wanted less"),
+    ("stop idle", r"a decoding process of rank 3 hangs; got \d+ seconds"),
+])  # fmt: skip
+def test_a_worker_that_dies_or_hangs_is_named_with_what_it_was_at(fate: str, message: str) -> None:
+    with pytest.raises(ShardError, match=message):
+        list(loaded(fate, 2, 1.5))
+
+
+def test_a_board_keeps_the_end_of_a_long_name() -> None:
+    board = Board(0)
+    board.begin("x" * 1000 + "the key")
+    (row,) = board.busy()
+    assert row.process == os.getpid()
+    assert row.where.endswith("xthe key")
+    board.begin("short")
+    assert [row.where for row in board.busy()] == ["short"]
+    board.idle()
+    assert board.busy() == []
