@@ -80,7 +80,8 @@ class Captioner:
             ) from None
         config = parse(tree, where=folder / HUB_CONFIG)
         tokenizer = CaptionTokenizer.from_file(folder / VOCAB, config.text.prompt)
-        model = model_module.Captioner(config, tokenizer.size)
+        with weights.Undrawn():
+            model = model_module.Captioner(config, tokenizer.size)
         state = read_tensors(folder / HUB_WEIGHTS)
         weights.fill(model, state, folder / HUB_WEIGHTS, may_lack=weights.tied_names(model))
         return cls(model.to(device).eval(), tokenizer, config)

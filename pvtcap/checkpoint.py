@@ -13,6 +13,7 @@ to keep: an unbroken run and a resumed one are the same run.
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,8 +120,10 @@ class Checkpoint:
             )
         given = {name: value for name, value in model.items() if value is not None}
         config = self.config.model_copy(update={"model": self.config.model.model_copy(update=given)})
-        captioner = Captioner(config, self.tokenizer().size)
         learned = config.train.what.split("+")
+        # A frozen decoder may have weights that no file gave it, and the seed did.
+        with weights.Undrawn() if "decoder" in learned else nullcontext():
+            captioner = Captioner(config, self.tokenizer().size)
         if "encoder" not in learned:
             weights.load_encoder(captioner, config)
             check_encoder(captioner, self.manifest, self.path)

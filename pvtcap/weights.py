@@ -9,11 +9,13 @@ explained is an error, and so is a value that is not finite.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, TextConfig
@@ -28,7 +30,23 @@ SCRATCH = "scratch"
 _WORDS, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 # The head is the embedding table: files store it once, under either name, or twice.
 _TIED = {"cls.predictions.decoder.weight": _WORDS, "cls.predictions.decoder.bias": _BIAS}
+_DRAWS = (
+    *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_),
+    *(nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_),  # these hide what they call
+)
 _BLIP_TOKENS = 2  # [DEC] and [ENC], which BERT's vocabulary lacks
+
+
+class Undrawn(TorchFunctionMode):
+    """Within it, modules are made without drawing random weights: for one whose every weight is then loaded."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if function in _DRAWS:
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
 
 
 def load_encoder(model: Captioner, config: Config) -> Loaded:
@@ -204,7 +222,8 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Path) -> None:
             wanted=tuple(target.shape),
             do="Check the model section of the configuration.",
         )
-    if value.is_floating_point() and not torch.isfinite(value).all():
+    # One pass, and no memory: a NaN is the least and the greatest.
+    if value.is_floating_point() and value.numel() and not all(torch.isfinite(end) for end in value.aminmax()):
         count = int((~torch.isfinite(value)).sum())
         raise CheckpointError(f"not finite: '{name}'", where=where, got=f"{count:,} of its {value.numel():,} numbers")
     with torch.no_grad():
