@@ -28,6 +28,8 @@ def fetch(config: Config, to: Path) -> list[str]:
         found = hub_weights(model.decoder, "model.decoder")
         folder = to / _name(model.decoder)
         files = [*index_shards(found), found] if found.name in INDEX_FILES else [found]
+        if (beside := found.with_name("config.json")).is_file():
+            files.append(beside)
         for file in files:
             _copy(file, folder)
         words.append(f"model.decoder={folder}")

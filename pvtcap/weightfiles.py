@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def index_shards(index: Path) -> list[Path]:
 def hub_weights(repo: str, key: str) -> Path:
     """A hub model's weights, from the cache or the network: the file, or the index when its shards are there too."""
     path = hub_file(repo, [*SINGLE_FILES, *INDEX_FILES], key)
+    with suppress(ConfigError):  # it says how many heads, if it is there: the weights do without
+        hub_file(repo, ["config.json"], key)
     if path.name in INDEX_FILES:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         for name in sorted(set(weight_map.values())):

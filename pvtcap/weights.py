@@ -9,6 +9,7 @@ explained is an error, and so is a value that is not finite.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def load_decoder(model: Captioner, config: Config) -> Loaded:
     path = Path(source) if local else hub_weights(source, "model.decoder")
     read = read_weights(path, "blip")
     named = decoder_names(read.tensors, read.path)
+    _check_heads(read.path.parent, config.model.decoder_heads)
     lm = model.decoder.lm
     new = fill_decoder(model.decoder, named.state, read.path)
     short = lm.bert.embeddings.word_embeddings.num_embeddings - len(named.state[_WORDS])
@@ -158,6 +160,25 @@ def fill(
             target = target[: len(value)]
         _copy(name, target, value, where)
     return set(own) - set(state)
+
+
+def _check_heads(folder: Path, heads: int) -> None:
+    """Attention heads leave no trace in a file's shapes; the config.json beside it, where there is one, knows them."""
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = tree.get("text_config", tree).get("num_attention_heads", heads)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"not a model's configuration ({error})", where=folder / "config.json") from None
+    if theirs != heads:
+        raise CheckpointError(
+            "a decoder with another number of attention heads",
+            where=folder / "config.json",
+            got=theirs,
+            wanted=f"{heads}, as model.decoder_heads",
+            do=f"Set model.decoder_heads={theirs}.",
+        )
 
 
 def _may_lack(state: Mapping[str, Tensor], own: Set[str]) -> set[str]:

@@ -20,17 +20,17 @@ from pvtcap.configfile import parse
 
 VOCAB = 30524
 EXPORT = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.export import export
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-before = peak()
+before = memory("VmRSS")
 export(Checkpoint.open(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]))
-print(json.dumps({"before": before, "peak": peak()}))
+print(json.dumps({"before": before, "peak": memory("VmHWM")}))
 """
 
 
@@ -40,8 +40,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[BlipForConditionalG
     folder = tmp_path_factory.mktemp("full")
     torch.manual_seed(1)
     vision = {"num_hidden_layers": 1, "intermediate_size": 64}
-    # Dropout off, as in the published configuration.
-    text = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    # As in the published configuration: not the class's 8 heads, and no dropout.
+    text = {"num_attention_heads": 12, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
     blip = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
     blip.save_pretrained(folder / "blip")
     save_file(timm.create_model("pvt_v2_b1", pretrained=False).state_dict(), folder / "pvt.safetensors")

@@ -35,6 +35,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
         save_file(half, blip / name)
     weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (blip / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (blip / "config.json").write_text((tmp_path / "blip/config.json").read_text())
     (files / "bert-base-uncased").mkdir()
     (files / "bert-base-uncased/vocab.txt").write_text("[PAD]\n[UNK]\n[SEP]\n")
     asked: list[str] = []
@@ -96,7 +97,7 @@ def test_what_the_hub_has_is_fetched_copied_and_used(
         f"model.decoder={out}/blip",
         f"text.vocab={out}/bert-base-uncased/vocab.txt",
     ]
-    assert len(list((out / "blip").iterdir())) == 3
+    assert len(list((out / "blip").iterdir())) == 4
     assert all(not path.is_symlink() for path in out.rglob("*"))
     # The words that it printed, and the filled cache by its names, both work without network: nothing left to fetch.
     num_asked = len(asked)
@@ -110,7 +111,7 @@ def test_what_the_hub_has_is_fetched_copied_and_used(
         for folder in (out, tmp_path / "again")
     )
     assert first == again
-    assert len(first) == 5
+    assert len(first) == 6
     assert len(asked) == num_asked
     from pvtcap.weightfiles import read_weights
 

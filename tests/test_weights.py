@@ -14,7 +14,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from pvtcap import weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import TextConfig
+from pvtcap.config import Config, TextConfig
 from pvtcap.configfile import parse
 from pvtcap.errors import CheckpointError, ConfigError, PvtcapError
 from pvtcap.weightfiles import read_tensors
@@ -117,6 +117,24 @@ def test_a_blip_folder_fills_the_decoder_which_then_says_what_blip_says(
         theirs = blip.text_decoder(input_ids=tokens, encoder_hidden_states=patches).logits
         ours = model.decoder.lm(input_ids=tokens, encoder_hidden_states=patches).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_another_number_of_heads_is_noticed_by_the_configuration_beside(
+    tree: dict[str, Any], blip: BlipForConditionalGeneration, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: .* attention heads; got 2; wanted 4, as model") as caught:
+        weights.load_decoder(*with_heads(tree, 4, tmp_path / "blip"))
+    assert "Set model.decoder_heads=2" in str(caught.value)
+    (tmp_path / "blip/config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not a model's configuration"):
+        weights.load_decoder(*with_heads(tree, 2, tmp_path / "blip"))
+    (tmp_path / "blip/config.json").unlink()
+    weights.load_decoder(*with_heads(tree, 2, tmp_path / "blip"))
+
+
+def with_heads(tree: dict[str, Any], heads: int, folder: Path) -> tuple[Captioner, Config]:
+    config = parse({**tree, "model": {**tree["model"], "decoder_heads": heads, "decoder": str(folder)}}, "test")
+    return Captioner(config, VOCAB), config
 
 
 def test_a_folder_without_a_text_decoder(tree: dict[str, Any], tmp_path: Path) -> None:
