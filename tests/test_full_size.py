@@ -89,10 +89,11 @@ def test_exporting_takes_no_more_memory_than_the_model_twice(
     config = config_of(folder)
     checkpoint = write(config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})}), 1)
     # write() has a small vocabulary; what matters here are 12 layers of 768.
-    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    files = [*checkpoint.glob("*.safetensors"), folder / "pvt.safetensors"]
+    size = sum(path.stat().st_size for path in files)
     words = [sys.executable, "-c", EXPORT, str(checkpoint), to, str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     print(f"{to}: model {size / 2**20:,.0f} MiB, peak {(told['peak'] - told['before']) / 2**20:,.0f} MiB above imports")
-    assert told["peak"] - told["before"] < 2 * size + 150 * 2**20
+    assert told["peak"] - told["before"] < 2 * size

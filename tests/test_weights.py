@@ -16,6 +16,7 @@ from pvtcap import weights
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, TextConfig
 from pvtcap.configfile import parse
+from pvtcap.decoder import Decoder
 from pvtcap.errors import CheckpointError, ConfigError, PvtcapError
 from pvtcap.weightfiles import read_tensors
 from pvtcap.weightreport import Loaded
@@ -186,3 +187,19 @@ def test_a_vocabulary_file_that_is_not_there() -> None:
 def test_the_test_folder_is_true_to_hugging_faces_layout(blip: BlipForConditionalGeneration, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "blip/config.json").read_text())["model_type"] == "blip"
     assert any(name.startswith("text_decoder.") for name in read_tensors(tmp_path / "blip/model.safetensors"))
+
+
+def test_an_undrawn_model_draws_nothing_and_is_whole_once_it_is_filled(tree: dict[str, Any]) -> None:
+    config = parse(tree, "test")
+    before = torch.get_rng_state()
+    with weights.Undrawn():
+        Decoder(config.model, VOCAB)
+    assert torch.equal(torch.get_rng_state(), before)
+    with weights.Undrawn():
+        undrawn = Captioner(config, VOCAB)
+    drawn = Captioner(config, VOCAB)
+    weights.fill(undrawn, drawn.state_dict(), Path("x"))
+    assert all(torch.equal(value, undrawn.state_dict()[name]) for name, value in drawn.state_dict().items())
+    for (name, buffer), (_, other) in zip(drawn.named_buffers(), undrawn.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    assert not undrawn.decoder.lm.bert.embeddings.token_type_embeddings.weight.any()
