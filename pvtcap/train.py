@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from pvtcap import checkpoint, weights
 from pvtcap.captioner import Captioner
@@ -47,7 +48,7 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluat
     with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
         monitor.say(job.summary(config, world))
         if any(one.taken for one in job.loaded):
-            monitor.say(weights_table(job.loaded))
+            monitor.say(escape(weights_table(job.loaded)))  # a path may have brackets
         if job.start_step == 0:
             look(engine, job, ledger, world, monitor, 0, evaluate)
         for step in range(job.start_step + 1, job.total_steps + 1):
