@@ -54,7 +54,9 @@ def photos_progress(name: str, total: int | None) -> Iterator[Callable[[int], No
         _Speed(),
         TimeRemainingColumn() if total is not None else TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    # What a command prints meanwhile belongs to stdout: a file or a pipe, even where stderr is a terminal.
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
+    with shown as progress:
         task = progress.add_task(name, total=total)
         yield lambda done: progress.advance(task, done)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,13 +32,17 @@ from pvtcap.errors import CheckpointError, PvtcapError
 from pvtcap.shardset import MANIFEST, ShardSet, parse_json, sha256_file, write_json
 from pvtcap.sources import TrainedOn
 from pvtcap.text import CaptionTokenizer
+from pvtcap.weightreport import SourceFile
+from pvtcap.zerostate import consolidated
 
 FORMAT = "pvtcap-checkpoint/1"
 TRAINABLE, VOCAB, CONFIG, ENGINE = "trainable.safetensors", "vocab.txt", "config.yaml", "deepspeed"
 
 
 class CheckpointManifest(BaseModel):
-    """What a checkpoint says of itself. ``files`` are sizes in bytes; ``encoder_sha256`` is of a frozen encoder."""
+    """What a checkpoint says of itself. ``files`` are sizes in bytes; ``encoder_sha256`` is of a frozen encoder;
+    ``weight_files`` are those whose weights the run began with.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,6 +58,7 @@ class CheckpointManifest(BaseModel):
     encoder_sha256: str | None
     trainable_sha256: str
     files: dict[str, NonNegativeInt]
+    weight_files: tuple[SourceFile, ...] = ()
 
 
 class Checkpoint:
@@ -84,6 +90,8 @@ class Checkpoint:
             raise CheckpointError("unknown format", where=path / MANIFEST, got=manifest.format, wanted=FORMAT)
         for name, size in manifest.files.items():
             file = path / name
+            if name == TRAINABLE and not file.exists() and (path / ENGINE).is_dir():
+                continue  # it can be made again from DeepSpeed's files, which are checked here too
             if not file.is_file() or file.stat().st_size != size:
                 got = f"{file.stat().st_size:,} bytes" if file.is_file() else "nothing"
                 raise CheckpointError(
@@ -98,26 +106,38 @@ class Checkpoint:
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.from_file(self.path / VOCAB, self.config.text.prompt)
 
-    def captioner(self, device: torch.device, shown: Sequence[ShardSet] = ()) -> Captioner:
+    def captioner(self, device: torch.device, shown: Sequence[ShardSet] = (), **model: str | None) -> Captioner:
         """The trained model, whole, in eval mode; fetches nothing that the checkpoint itself holds.
 
-        Of ``shown``, what it is to caption, ShardSets of features need no encoder.
+        Of ``shown``, what it is to caption, ShardSets of features need no encoder. ``model`` are keys of the
+        configuration's model section that are not as they were, None: unchanged. The place of frozen weights may change
+        (``encoder_weights="/elsewhere/pvt.pth"``): that they are the same is checked.
         """
-        if sha256_file(self.path / TRAINABLE) != self.manifest.trainable_sha256:
+        raw = not (self.path / TRAINABLE).exists()
+        if not raw and sha256_file(self.path / TRAINABLE) != self.manifest.trainable_sha256:
             raise CheckpointError(
                 "damaged weights (sha256 differs)",
                 where=self.path / TRAINABLE,
                 do="Use an older checkpoint of the run.",
             )
-        model = Captioner(self.config, self.tokenizer().size)
-        learned = self.config.train.what.split("+")
+        given = {name: value for name, value in model.items() if value is not None}
+        config = self.config.model_copy(update={"model": self.config.model.model_copy(update=given)})
+        learned = config.train.what.split("+")
+        # A frozen decoder may have weights that no file gave it, and the seed did.
+        with weights.Undrawn() if "decoder" in learned else nullcontext():
+            captioner = Captioner(config, self.tokenizer().size)
         if "encoder" not in learned:
-            frozenencoder.ready(model, self.config, shown, self.manifest.encoder_sha256)
-            check_encoder(model, self.manifest, self.path)
+            frozenencoder.ready(captioner, config, shown, self.manifest.encoder_sha256)
+            check_encoder(captioner, self.manifest, self.path)
         if "decoder" not in learned:
-            weights.load_decoder(model, self.config)
-        weights.load_trained(model, self.path / TRAINABLE)
-        return model.to(device).eval()
+            weights.load_decoder(captioner, config)
+        if raw:
+            names = captioner.trainable().keys()
+            state = consolidated(self.path / ENGINE, config.zero.stage, config.precision, names)
+            weights.copy_trained(captioner, state, self.path / ENGINE)
+        else:
+            weights.load_trained(captioner, self.path / TRAINABLE)
+        return captioner.to(device).eval()
 
 
 def check_encoder(model: Captioner, manifest: CheckpointManifest, where: Path) -> None:
@@ -151,6 +171,7 @@ def save(
     step: int,
     train_data: list[TrainedOn],
     encoder_sha256: str | None,
+    weight_files: tuple[SourceFile, ...] = (),
 ) -> Path:
     """Write a checkpoint (collective); returns its folder. Until it is whole it has another name."""
     final = step_folder(config.run.dir, step)
@@ -181,6 +202,7 @@ def save(
             encoder_sha256=encoder_sha256,
             trainable_sha256=sha256_file(partial / TRAINABLE),
             files=files,
+            weight_files=weight_files,
         )
         write_json(partial / MANIFEST, manifest.model_dump())
         if final.exists():

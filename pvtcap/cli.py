@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from pvtcap import __version__, evaluationcommands
+from pvtcap import __version__, evaluationcommands, modelcommands
 from pvtcap.errors import PvtcapError
 
 app = typer.Typer(
@@ -155,32 +155,7 @@ def audit(
         raise typer.Exit(1)
 
 
-@app.command()
-def caption(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")],
-    photos: Annotated[list[Path], typer.Argument(help="Photos, folders of photos, or tars.")],
-    num_beams: Annotated[int | None, typer.Option(min=1)] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Also draw a PNG of the photos with their captions.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
-) -> None:
-    """Caption your own photos; prints one line each: name, tab, caption."""
-    from pvtcap import sheet as drawing
-    from pvtcap.caption import caption_photos, find_photos
-    from pvtcap.checkpoint import Checkpoint
-    from pvtcap.dist import World
-
-    opened = Checkpoint.open(checkpoint)
-    found = list(find_photos(photos))
-    how = opened.config.evaluate
-    if num_beams is not None:
-        how = how.model_copy(update={"num_beams": num_beams})
-    entries = []
-    for name, photo, text in caption_photos(opened, found, how, World.alone(device).device):
-        typer.echo(f"{name}\t{text}")
-        entries.append(drawing.Entry(photo, text, name))
-    if sheet is not None:
-        drawing.draw(entries, sheet)
-        typer.echo(f"drawn: {sheet}", err=True)
+modelcommands.add_to(app)  # caption, export, fetch-weights
 
 
 @app.command()

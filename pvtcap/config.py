@@ -117,12 +117,13 @@ class TextConfig(_Section):
 
 class ModelConfig(_Section):
     encoder: str = Field("pvt_v2_b1", description="timm name; pvt_v2_b1 is the 13.5M 'PVT-Tiny', pvt_v2_b0 has 3.4M.")
-    encoder_weights: str = Field("timm", description="'timm' (pretrained), a .pth or .safetensors file, or 'scratch'.")
+    encoder_weights: str = Field("timm", description="'timm' (pretrained), a file, or 'scratch'; docs/weights.md.")
     encoder_stages: int = Field(4, ge=2, le=4, description="Stages kept: 4 gives image_px/32 squared tokens, 3 /16.")
     projection: Literal["conv3x3", "linear", "mlp"] = Field("conv3x3", description="Encoder width to decoder width.")
+    projection_weights: str = Field("scratch", description="'scratch', or a file to start from: a combined .pth.")
     decoder: str = Field(
         "Salesforce/blip-image-captioning-base",
-        description="Hugging Face BLIP captioning model (name or folder) to take the text decoder from, or 'scratch'.",
+        description="BLIP captioning model or BERT to begin with (hub name, folder or file), or 'scratch'.",
     )
     decoder_layers: PositiveInt = 12
     decoder_width: PositiveInt = 768

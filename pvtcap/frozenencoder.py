@@ -17,6 +17,7 @@ from pvtcap.config import Config
 from pvtcap.errors import ConfigError
 from pvtcap.featureformat import TRANSFORM
 from pvtcap.shardset import ShardSet
+from pvtcap.weightreport import Loaded
 
 TIMM = "timm"
 
@@ -40,8 +41,10 @@ def check(config: Config, shown: Sequence[ShardSet], trained: Sequence[ShardSet]
         )
 
 
-def ready(model: Captioner, config: Config, shown: Sequence[ShardSet], known_sha256: str | None = None) -> None:
-    """Fill the encoder, or let it stand aside where all of ``shown`` are features.
+def ready(
+    model: Captioner, config: Config, shown: Sequence[ShardSet], known_sha256: str | None = None
+) -> Loaded | None:
+    """Fill the encoder; or let it stand aside where all of ``shown`` are features, and nothing (None) was loaded.
 
     ``known_sha256`` is the fingerprint that it must have, where a checkpoint says it. ConfigError when features are of
     other weights.
@@ -52,9 +55,9 @@ def ready(model: Captioner, config: Config, shown: Sequence[ShardSet], known_sha
     # Two files of one name may differ; what timm publishes under a name does not.
     from_timm = {features.encoder_weights for features in found} | {config.model.encoder_weights} == {TIMM}
     if all_features and (known_sha256 is not None or from_timm):
-        sha256 = known_sha256 or found[0].encoder_sha256
+        sha256, loaded = known_sha256 or found[0].encoder_sha256, None
     else:
-        weights.load_encoder(model.encoder, config)
+        loaded = weights.load_encoder(model.encoder, config)
         sha256 = model.encoder.fingerprint() if found else ""
     for shardset, features in zip(shown, formats, strict=True):
         if features is not None and features.encoder_sha256 != sha256:
@@ -67,6 +70,7 @@ def ready(model: Captioner, config: Config, shown: Sequence[ShardSet], known_sha
             )
     if all_features:
         model.encoder.stand_aside(sha256)
+    return loaded
 
 
 def _check_one(config: Config, shardset: ShardSet, is_trained: bool) -> None:

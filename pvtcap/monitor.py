@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from pvtcap import recipes
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.shardset import write_json
@@ -150,6 +151,7 @@ def environment(world: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "git_revision": recipes.git_revision(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
 

@@ -79,6 +79,11 @@ def augmented(
     return _square(photo[y : y + crop_height, x : x + crop_width], side_px, out, mirrored=flip < flip_probability)
 
 
+def square(photo: Pixels, side_px: int) -> Tensor:
+    """uint8 RGB (H, W, 3) → (3, side, side): ``whole`` for pixels that somebody else decoded."""
+    return _square(photo, side_px)
+
+
 def blank(side_px: int) -> Tensor:
     """A grey (3, side, side) uint8 picture."""
     return torch.full((side_px, side_px, 3), BLANK_LEVEL, dtype=torch.uint8).permute(2, 0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,16 @@ def root() -> Path:
     package = Path(__file__).resolve().parent
     inside_wheel = package / "_recipes"
     return inside_wheel if inside_wheel.is_dir() else package.parent
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that runs, with '+' if files differ from it; None in an installed wheel."""
+    if not (root() / ".git").exists() or shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(root())]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return commit.stdout.strip() + ("+" if changed.stdout else "") if commit.returncode == 0 else None
 
 
 def find_config(name: str | Path) -> Path:

@@ -81,6 +81,11 @@ class CaptionTokenizer:
         ids = tokenizer.get_vocab()
         return cls(sorted(ids, key=lambda piece: ids[piece]), prompt)
 
+    @property
+    def backend(self) -> Tokenizer:
+        """The tokenizers library's own object."""
+        return self._tokenizer
+
     def save(self, path: Path) -> None:
         path.write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from pvtcap import checkpoint, frozenencoder, weights
 from pvtcap.captioner import Captioner
@@ -29,6 +30,7 @@ from pvtcap.shardset import ShardSet
 from pvtcap.sources import Sources, open_shardset
 from pvtcap.stream import BadSample, Batch, View, train_batches, whole_batches
 from pvtcap.text import CaptionTokenizer
+from pvtcap.weightreport import Loaded, SourceFile, source_files, weights_table
 
 Evaluate = Callable[[Path], tuple[dict[str, float | None], Path | None]]
 
@@ -45,6 +47,8 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluat
     )
     with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
         monitor.say(job.summary(config, world))
+        if any(one.taken for one in job.loaded):
+            monitor.say(escape(weights_table(job.loaded)))  # a path may have brackets
         if job.start_step == 0:
             look(engine, job, ledger, world, monitor, 0, evaluate)
         for step in range(job.start_step + 1, job.total_steps + 1):
@@ -122,6 +126,7 @@ def look(
             step=step,
             train_data=job.train.describe(),
             encoder_sha256=job.encoder_sha256,
+            weight_files=job.weight_files,
         )
         if scoring and evaluate is not None:
             scores, sheet = evaluate(folder)
@@ -155,6 +160,8 @@ class Job:
     encoder_sha256: str | None
     resumed: checkpoint.Checkpoint | None
     total_steps: int
+    loaded: tuple[Loaded, ...]
+    weight_files: tuple[SourceFile, ...]
 
     @property
     def start_step(self) -> int:
@@ -190,14 +197,29 @@ def prepare(config: Config, world: World, resume: str) -> Job:
         tokenizer = world.on_first_rank(lambda: make_tokenizer(config, sources))
     model = Captioner(config, tokenizer.size)
     frozen_encoder = not model.encoder_trains
-    frozenencoder.ready(model, config, shown)
-    if resumed is None or "decoder" not in config.train.what:
-        weights.load_decoder(model, config)
+    loaded = load_weights(model, config, shown, resumed)
+    if resumed is None:
+        weight_files = world.on_first_rank(lambda: source_files(loaded))
+    else:
+        weight_files = resumed.manifest.weight_files  # what the run began with, all of it
     if resumed is not None and frozen_encoder:
         checkpoint.check_encoder(model, resumed.manifest, resumed.path)
     view = View(config.data, tokenizer, config.text.max_tokens)
     encoder_sha256 = model.encoder.fingerprint() if frozen_encoder else None
-    return Job(plan, sources, val, view, model, encoder_sha256, resumed, total_steps)
+    return Job(plan, sources, val, view, model, encoder_sha256, resumed, total_steps, loaded, weight_files)
+
+
+def load_weights(
+    model: Captioner, config: Config, shown: Sequence[ShardSet], resumed: checkpoint.Checkpoint | None
+) -> tuple[Loaded, ...]:
+    """Fill the model from what the configuration names; what trains is left out when a checkpoint has it."""
+    encoder = frozenencoder.ready(model, config, shown)
+    loaded = [] if encoder is None else [encoder]
+    if resumed is None:
+        loaded.append(weights.load_projection(model, config))
+    if resumed is None or "decoder" not in config.train.what:
+        loaded.append(weights.load_decoder(model, config))
+    return tuple(loaded)
 
 
 def length(config: Config, train_samples: int) -> int:

@@ -1,133 +1,220 @@
-"""Where weights come from: timm, a file, a Hugging Face BLIP model, or what a checkpoint of ours trained.
+"""Weights into a Captioner: from timm, files of many layouts, a BLIP model, BERT, or what a checkpoint of ours trained.
 
-Nothing is unpickled that could run code: .safetensors, or torch files read with ``weights_only``.
+    loaded = load_encoder(model, config), load_projection(model, config), load_decoder(model, config)
+    print(weights_table(loaded))
+
+``weightfiles`` reads, ``weightnames`` renames; here values are copied. A name that is missing or left over and not
+explained is an error, and so is a value that is not finite.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Set
+import json
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, TextConfig
+from pvtcap.decoder import Decoder
 from pvtcap.encoder import Encoder
 from pvtcap.errors import CheckpointError, ConfigError
 from pvtcap.text import CaptionTokenizer
+from pvtcap.weightfiles import hub_file, hub_weights, read_tensors, read_weights
+from pvtcap.weightnames import OUR_DECODER, TOKEN_TYPES, Renamed, decoder_names, encoder_names, projection_names
+from pvtcap.weightreport import Loaded
 
-# Not in BLIP: token types (ours are zero, see decoder.py). Tied: the head is the embedding table, stored once or twice.
-_BLIP_MAY_LACK = {
-    "bert.embeddings.token_type_embeddings.weight",
-    "cls.predictions.decoder.weight",
-    "cls.predictions.decoder.bias",
-}
-_BLIP_EXTRA = {"bert.embeddings.position_ids"}
-_TEXT_DECODER = "text_decoder."
-# torch's unpickler takes any byte for an instruction: a file of another kind fails wherever it makes no sense.
-_NOT_WEIGHTS = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+SCRATCH = "scratch"
+_WORDS, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+# The head is the embedding table: files store it once, under either name, or twice.
+_TIED = {"cls.predictions.decoder.weight": _WORDS, "cls.predictions.decoder.bias": _BIAS}
+# torch's, and those of the same names that transformers puts in their place.
+_DRAWS = {"uniform_", "normal_", "erfinv_", "kaiming_uniform_"}
+_BLIP_TOKENS = 2  # [DEC] and [ENC], which BERT's vocabulary lacks
 
 
-def load_encoder(encoder: Encoder, config: Config) -> None:
+class Undrawn(TorchFunctionMode):
+    """Within it, modules are made without drawing random weights: for one whose every weight is then loaded."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(function, "__name__", "") in _DRAWS:
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
+
+def load_encoder(encoder: Encoder, config: Config) -> Loaded:
     """Fill the encoder from ``model.encoder_weights``; 'scratch' leaves it as it was made."""
     source = config.model.encoder_weights
-    if source == "scratch":
-        return
+    if source == SCRATCH:
+        return _scratch("encoder", encoder.pvt)
     pvt = encoder.pvt
-    path = (
-        _hub_file(pvt.pretrained_cfg["hf_hub_id"], ["model.safetensors"], "model.encoder_weights")
-        if source == "timm"
-        else Path(source)
-    )
-    wanted = set(pvt.state_dict())
-    # The file also has timm's classifier, and the stages that encoder_stages cuts off.
-    state = {
-        name: value
-        for name, value in read_tensors(path).items()
-        if name in wanted or not name.startswith(("head.", "stages."))
-    }
-    fill(pvt, state, path)
+    hub = pvt.pretrained_cfg["hf_hub_id"] if source == "timm" else ""
+    path = hub_file(hub, ["model.safetensors"], "model.encoder_weights") if hub else Path(source)
+    read = read_weights(path, "pvt")
+    named = encoder_names(read.tensors, len(pvt.stages), read.path)
+    new = fill(pvt, named.state, read.path)
+    return _loaded("encoder", source, read.files, named, new)
 
 
-def load_decoder(model: Captioner, config: Config) -> None:
-    """Fill the decoder from ``model.decoder``, a BLIP captioning model of Hugging Face's; 'scratch' leaves it."""
+def load_projection(model: Captioner, config: Config) -> Loaded:
+    """Fill the projection from ``model.projection_weights``; 'scratch' leaves it as it was made."""
+    source = config.model.projection_weights
+    if source == SCRATCH:
+        return _scratch("projection", model.projection)
+    read = read_weights(Path(source), "projection")
+    named = projection_names(read.tensors, read.path)
+    new = fill(model.projection.net, named.state, read.path)
+    return _loaded("projection", source, read.files, named, new)
+
+
+def load_decoder(model: Captioner, config: Config) -> Loaded:
+    """Fill the decoder from ``model.decoder``: a hub name, a folder or a file; 'scratch' leaves it as it was made."""
     source = config.model.decoder
-    if source == "scratch":
-        return
-    files = ["model.safetensors", "pytorch_model.bin"]
-    path = _first_file(Path(source), files) if Path(source).is_dir() else _hub_file(source, files, "model.decoder")
-    tensors = read_tensors(path)
-    state = {
-        name.removeprefix(_TEXT_DECODER): value
-        for name, value in tensors.items()
-        if name.startswith(_TEXT_DECODER) and name.removeprefix(_TEXT_DECODER) not in _BLIP_EXTRA
-    }
-    if not state:
+    if source == SCRATCH:
+        return _scratch("decoder", model.decoder)
+    local = Path(source).exists() or Path(source).suffix in (".pth", ".pt", ".bin", ".safetensors", ".json")
+    path = Path(source) if local else hub_weights(source, "model.decoder")
+    read = read_weights(path, "blip")
+    named = decoder_names(read.tensors, read.path)
+    _check_heads(read.path.parent, config.model.decoder_heads)
+    lm = model.decoder.lm
+    new = fill_decoder(model.decoder, named.state, read.path)
+    short = lm.bert.embeddings.word_embeddings.num_embeddings - len(named.state[_WORDS])
+    if short:
+        rows = f"{len(named.state[_WORDS]):,} to {len(named.state[_WORDS]) + short:,}"
+        named.notes.append(f"vocabulary extended from {rows}: the rows of [DEC] and [ENC] are new")
+    idle = sorted(f"decoder.lm.{name}" for name in new if not lm.get_parameter(name).requires_grad)
+    if idle:
         raise CheckpointError(
-            "no text decoder in this file",
-            where=path,
-            wanted=f"tensors named '{_TEXT_DECODER}…'",
-            do="Give a BLIP captioning model: Salesforce/blip-image-captioning-base.",
+            "new weights in the decoder that nothing would train",
+            where=read.path,
+            got=f"train.what={config.train.what}, {len(idle)} such tensors ({idle[0]}, …)",
+            do="Train them (train.what=projection+decoder), or start from a BLIP captioning model.",
         )
-    fill(model.decoder.lm, state, path, may_lack=_BLIP_MAY_LACK)
+    return _loaded("decoder", source, read.files, named, new)
+
+
+def fill_decoder(decoder: Decoder, state: dict[str, Tensor], where: Path) -> set[str]:
+    """Copy a decoder's ``state``, BLIP's or BERT's; returns the names of what it lacked and keeps its new values."""
+    _untie(state, where)
+    own = set(decoder.lm.state_dict())
+    new = fill(decoder.lm, state, where, _may_lack(state, own), {_WORDS, _BIAS})
+    return new - {TOKEN_TYPES, *_TIED}  # zero by design; tied
+
+
+def tied_names(model: Captioner) -> set[str]:
+    """What a file of a whole Captioner may leave out, since it is there under another name."""
+    return {f"{OUR_DECODER}{name}" for name in _TIED} & set(model.state_dict())
 
 
 def load_trained(model: Captioner, path: Path) -> None:
     """Fill the parameters that ``train.what`` trains from a checkpoint's ``trainable.safetensors``."""
-    state = read_tensors(path)
+    copy_trained(model, read_tensors(path), path)
+
+
+def copy_trained(model: Captioner, state: Mapping[str, Tensor], where: Path) -> None:
+    """Fill the parameters that ``train.what`` trains; ``state`` has each of them, and nothing else."""
     parameters = model.trainable()
-    _check_names(state, set(parameters), set(), path)
+    _check_names(state, set(parameters), set(), where)
     for name, parameter in parameters.items():
-        _copy(name, parameter, state[name], path)
+        _copy(name, parameter, state[name], where)
 
 
 def load_vocab(text: TextConfig) -> CaptionTokenizer:
     """The vocabulary that ``text.vocab`` names: a vocab.txt, or a Hugging Face model's. Not 'train'."""
     path = Path(text.vocab)
+    if path.is_dir():
+        path = path / "vocab.txt"
     if not path.is_file():
         if path.suffix:
-            raise ConfigError("no such vocabulary file", where="text.vocab", got=text.vocab)
-        path = _hub_file(text.vocab, ["vocab.txt"], "text.vocab")
+            raise ConfigError("no such vocabulary file", where="text.vocab", got=str(path))
+        path = hub_file(text.vocab, ["vocab.txt"], "text.vocab")
     return CaptionTokenizer.from_file(path, text.prompt)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors or a torch file; CheckpointError when missing or not readable."""
-    if not path.is_file():
-        raise CheckpointError("no such weights file", where=path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "refused: the file holds more than tensors, or is damaged",
-            where=path,
-            do=f"torch says: {' '.join(str(error).split())[:160]}",
-        ) from None
-    except _NOT_WEIGHTS as error:
-        raise CheckpointError(
-            f"not a readable weights file ({' '.join(str(error).split())[:160]})",
-            where=path,
-            do="It may be cut short: copy or download it again.",
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("not a state dict (names to tensors)", where=path)
-    return state
+def fill(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    where: Path,
+    may_lack: Set[str] = frozenset(),
+    may_extend: Set[str] = frozenset(),
+) -> set[str]:
+    """Copy ``state`` into ``module``; returns the names that it lacked, and was allowed to.
 
-
-def fill(module: nn.Module, state: Mapping[str, Tensor], where: Path, may_lack: Set[str] = frozenset()) -> None:
-    """Copy ``state`` into ``module``; a name that is missing, unknown or of another shape is an error naming it."""
+    A name that is missing, unknown or of another shape is a CheckpointError naming it. ``may_extend`` are tables that
+    may lack BLIP's two tokens at their end.
+    """
     own = module.state_dict()
     _check_names(state, set(own), may_lack, where)
     for name, value in state.items():
-        _copy(name, own[name], value, where)
+        target = own[name]
+        if name in may_extend and len(target) - len(value) == _BLIP_TOKENS:
+            target = target[: len(value)]
+        _copy(name, target, value, where)
+    return set(own) - set(state)
+
+
+def _check_heads(folder: Path, heads: int) -> None:
+    """Attention heads leave no trace in a file's shapes; the config.json beside it, where there is one, knows them."""
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = tree.get("text_config", tree).get("num_attention_heads", heads)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"not a model's configuration ({error})", where=folder / "config.json") from None
+    if theirs != heads:
+        raise CheckpointError(
+            "a decoder with another number of attention heads",
+            where=folder / "config.json",
+            got=theirs,
+            wanted=f"{heads}, as model.decoder_heads",
+            do=f"Set model.decoder_heads={theirs}.",
+        )
+
+
+def _may_lack(state: Mapping[str, Tensor], own: Set[str]) -> set[str]:
+    """What a decoder's file may leave out: cross-attention and the head only where it has nothing at all of them."""
+    lack = {TOKEN_TYPES, *_TIED}
+    for whole in (".crossattention.", "cls."):
+        if not any(whole in name for name in state):
+            lack |= {name for name in own if whole in name}
+    return lack
+
+
+def _untie(state: dict[str, Tensor], where: Path) -> None:
+    """One name for each tied tensor; CheckpointError where a file has two values for it."""
+    for copy, original in _TIED.items():
+        value = state.pop(copy, None)
+        if value is None:
+            continue
+        if original in state and not torch.equal(value, state[original]):
+            raise CheckpointError(
+                "an output layer of its own, where ours is the embedding table",
+                where=where,
+                got=f"'{copy}' unlike '{original}'",
+                do="Such a model cannot be continued here.",
+            )
+        state.setdefault(original, value)
+
+
+def _loaded(part: str, source: str, files: tuple[Path, ...], named: Renamed, new: Set[str]) -> Loaded:
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in named.state.values()} - {"float32"})
+    notes = [*named.notes, *([f"{', '.join(dtypes)} converted to float32"] if dtypes else [])]
+    parameters = sum(value.numel() for value in named.state.values())
+    kept = tuple(sorted(new))
+    return Loaded(part, source, files, len(named.state), parameters, kept, dict(named.ignored), tuple(notes))
+
+
+def _scratch(part: str, module: nn.Module) -> Loaded:
+    return Loaded(part, SCRATCH, new=tuple(name for name, _ in module.named_parameters()))
 
 
 def _check_names(state: Mapping[str, Tensor], wanted: Set[str], may_lack: Set[str], where: Path) -> None:
@@ -155,35 +242,9 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Path) -> None:
             wanted=tuple(target.shape),
             do="Check the model section of the configuration.",
         )
+    # One pass, and no memory: a NaN is the least and the greatest.
+    if value.is_floating_point() and value.numel() and not all(torch.isfinite(end) for end in value.aminmax()):
+        count = int((~torch.isfinite(value)).sum())
+        raise CheckpointError(f"not finite: '{name}'", where=where, got=f"{count:,} of its {value.numel():,} numbers")
     with torch.no_grad():
         target.copy_(value)
-
-
-def _first_file(folder: Path, names: list[str]) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError("no weights in this folder", where=folder, wanted=" or ".join(names))
-
-
-def _hub_file(repo: str, names: list[str], key: str) -> Path:
-    """The first of these files that the repository has, from the cache or the network."""
-    for name in names:
-        try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError:
-            continue  # not in the cache and no network: another name may be
-        except EntryNotFoundError:
-            continue
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-            raise ConfigError(
-                f"cannot fetch {repo} ({type(error).__name__})",
-                where=key,
-                do="Check the name; or point the key to a local folder or file.",
-            ) from None
-    raise ConfigError(
-        f"{repo} is neither in the Hugging Face cache nor reachable",
-        where=key,
-        wanted=" or ".join(names),
-        do=f"Fetch it where there is a network (hf download {repo}) and copy the cache, or point {key} to the file.",
-    )

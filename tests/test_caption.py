@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image, ImageFont
 from test_checkpoint import write
 
 from pvtcap import sheet
-from pvtcap.caption import caption_photos, find_photos
-from pvtcap.checkpoint import Checkpoint
+from pvtcap.api import Captioner
+from pvtcap.caption import caption_photos, count_photos, find_photos
 from pvtcap.config import Config
 from pvtcap.errors import ShardError
 
@@ -95,17 +95,35 @@ def test_tars_that_are_not_what_they_seem(tmp_path: Path) -> None:
         list(find_photos([path]))
 
 
-def test_a_caption_each_in_order_and_none_if_one_is_no_photo(config: Config, places: Path) -> None:
-    checkpoint = Checkpoint.open(write(config, 1))
+def test_a_caption_each_in_order_and_an_error_for_what_is_no_photo(config: Config, places: Path) -> None:
+    captioner = Captioner.from_checkpoint(write(config, 1), "cpu")
     photos = list(find_photos([places / "folder", places / "photos.tar"])) * 2
-    how, cpu = checkpoint.config.evaluate, torch.device("cpu")
-    captioned = list(caption_photos(checkpoint, photos, how, cpu))
-    assert [(name, photo) for name, photo, _ in captioned] == photos
+    assert len(photos) == 8
+    captioned = list(caption_photos(captioner, photos, captioner.search()))
+    assert [(item.name, item.photo) for item in captioned] == photos
     # Beam search cut into batches of four gives each photo what it gets alone.
-    alone = [next(caption_photos(checkpoint, [photo], how, cpu))[2] for photo in photos[:4]]
-    assert [text for _, _, text in captioned] == alone * 2
-    with pytest.raises(ShardError, match=r"bad\.jpg: not a photo"):
-        next(caption_photos(checkpoint, [*photos, ("bad.jpg", b"no")], how, cpu))
+    alone = [next(caption_photos(captioner, [photo], captioner.search())).caption for photo in photos[:4]]
+    assert [item.caption for item in captioned] == alone * 2
+    with_bad = list(caption_photos(captioner, [*photos[:2], ("bad.jpg", b"no"), *photos[2:4]], captioner.search()))
+    assert [item.caption for item in with_bad] == [*alone[:2], None, *alone[2:]]
+    assert str(with_bad[2].error).startswith("bad.jpg: not a photo")
+    assert json.loads(with_bad[2].as_json()) == {"photo": "bad.jpg", "error": with_bad[2].error}
+    assert json.loads(with_bad[0].as_json()).keys() == {"photo", "caption", "score"}
+
+
+def test_standard_input_is_a_photo_or_a_list(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(data: bytes) -> list[tuple[str, bytes]]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return list(find_photos([Path("-")]))
+
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        assert given(encoded(kind=kind)) == [("-", encoded(kind=kind))]
+    names = f"{places}/one.png\n\n{places}/folder\n".encode()
+    assert [Path(name).name for name, _ in given(names)] == ["one.png", "b.jpg", "a.webp"]
+    with pytest.raises(ShardError, match="nowhere: no such photo"):
+        given(b"nowhere\n")
+    assert count_photos([places / "one.png", places / "folder"]) == 3
+    assert count_photos([places / "photos.tar"]) is count_photos([Path("-")]) is None
 
 
 def test_the_sheet_shows_photos_in_rows_with_text_below(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock"},
-    {"shardfiles", "bootstrap", "java", "jobs", "ptb", "cocofiles"},
+    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock", "weightnames"},
+    {"shardfiles", "bootstrap", "java", "jobs", "ptb", "cocofiles", "weightfiles"},
     {"shardcache"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "scorers"},
     {"readahead", "config", "metrics", "photo", "featureformat", "sheet", "htmlreport", "evalparts", "scoretable"},
-    {"photosource", "configfile", "comparison", "chart", "shardinfo", "urltable"},
+    {"photosource", "configfile", "comparison", "chart", "shardinfo", "urltable", "weightreport", "zerostate"},
     {"scoring", "text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download", "sources", "loader"},
     {"shardfolder", "buildreport"},
@@ -29,8 +29,9 @@ LEVELS = [
     {"weights", "engine", "monitor", "ledger", "cococaptions"},
     {"frozenencoder", "audit"},
     {"checkpoint"},
-    {"train", "evaluate", "caption", "features", "shardcommands"},
-    {"evaluationcommands"},
+    {"modelcard", "api", "combinedmodel"},
+    {"train", "evaluate", "caption", "features", "shardcommands", "export", "weightfetch"},
+    {"evaluationcommands", "modelcommands"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,1 @@
+"""What ``export --to hf`` puts into its folder: code that stands alone there, without pvtcap."""
