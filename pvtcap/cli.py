@@ -82,21 +82,12 @@ def train(
     except PvtcapError as error:
         error.told = os.environ.get("RANK", "0") != "0"  # all ranks read the same words: one says what is wrong
         raise
-    from pvtcap import evaluate as evaluation
     from pvtcap import train as training
     from pvtcap.dist import World
+    from pvtcap.evaluate import BackgroundEvaluation
 
-    with World.start() as world:
-
-        def evaluate_step(checkpoint: Path) -> tuple[dict[str, float | None], Path | None]:
-            assert loaded.data.val is not None, "train asks for scores only where there is data.val"
-            out = loaded.run.dir / "eval" / checkpoint.name
-            report = evaluation.run(
-                checkpoint, loaded.data.val, out, world, loaded.evaluate, blank_photos=loaded.data.blank_photos
-            )
-            return ({} if report is None else report["scores"]), out / evaluation.SHEET
-
-        training.run(loaded, world, resume=resume, evaluate=evaluate_step)
+    with World.start() as world, BackgroundEvaluation(loaded, world) as evaluation:
+        training.run(loaded, world, resume=resume, evaluation=evaluation)
 
 
 app.command()(evaluationcommands.evaluate)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -109,15 +109,22 @@ def caption_all(
 class BackgroundEvaluation:
     """The evaluations of a training run: captions by all ranks at a step, scores beside the steps that follow.
 
-    beside.start(folder, step)                          collective; returns when the captions are there
-    for scored in beside.finished(): …                  rank 0 at any later step, elsewhere nothing; never waits
-    for scored in beside.finished(wait=True): …         at the end of the run
+    with BackgroundEvaluation(config, world) as beside:
+        beside.start(folder, step)                          collective; returns when the captions are there
+        for scored in beside.finished(): …                  rank 0 at any later step, elsewhere nothing; never waits
+        for scored in beside.finished(wait=True): …         at the end of the run; left before that, it stops scoring
 
     No rank ever waits for a scorer but rank 0 at the end, where no collective follows.
     """
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.scoring = config, world, scoring.Scoring()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.scoring.stop()
 
     def start(self, checkpoint: Path, step: int) -> None:
         """Caption ``data.val`` with a checkpoint just written, into run.dir/eval/step_…"""

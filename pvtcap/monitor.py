@@ -24,6 +24,7 @@ from rich.console import Console
 from pvtcap import recipes
 from pvtcap.config import Config
 from pvtcap.dist import World
+from pvtcap.scoring import SHEET, WORST, Scored
 from pvtcap.shardset import write_json
 from pvtcap.stream import BadSample
 
@@ -118,17 +119,20 @@ class Monitor:
         self._write("val", step, {"val/loss": loss, "val/perplexity": _perplexity(loss)})
         self.say(f"step {step}  [bold]val loss {loss:.4f}[/bold]  perplexity {_perplexity(loss):.2f}")
 
-    def scores(self, step: int, scores: Mapping[str, float | None], sheet: Path | None) -> None:
-        """Caption metrics of an evaluation, and the picture of captions it drew."""
-        known = {f"val/{name}": value for name, value in scores.items() if value is not None}
-        self._write("evaluate", step, known)
-        self.say(
-            f"step {step}  " + "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in known.items())
-        )
-        if self._writer is not None and sheet is not None and sheet.is_file():
-            with Image.open(sheet) as image:
-                self._writer.add_image("val/captions", np.array(image.convert("RGB")), step, dataformats="HWC")
-            self._writer.flush()
+    def scores(self, scored: Scored) -> None:
+        """Caption metrics of an evaluation, at the step it belongs to, and the pictures of captions it drew."""
+        if scored.report is None:
+            self.say(f"step {scored.step}  {scored.reason}")
+            return
+        known = {f"val/{name}": value for name, value in scored.report["scores"].items() if value is not None}
+        self._write("evaluate", scored.step, known)
+        named = (f"{name.removeprefix('val/')} {value:.3f}" for name, value in known.items())
+        self.say(f"step {scored.step}  " + "  ".join(named))
+        for tag, name in (("val/captions", SHEET), ("val/worst", WORST)):
+            if self._writer is not None and (scored.out / name).is_file():
+                with Image.open(scored.out / name) as image:
+                    self._writer.add_image(tag, np.array(image.convert("RGB")), scored.step, dataformats="HWC")
+                self._writer.flush()
 
     def _write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         if self._writer is None:

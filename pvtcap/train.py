@@ -1,19 +1,19 @@
 """Train a Captioner. Takes a Config and a World, leaves a run folder; knows nothing of captions' scores.
 
     with World.start() as world:
-        run(config, world, resume="auto", evaluate=None)
+        run(config, world, resume="auto", evaluation=None)
 
-``evaluate``, if given, is called on all ranks with the folder of a checkpoint just written, and gives rank 0 scores and
-a picture; ``cli`` passes it in.
+``evaluation``, if given, captions checkpoints just written, and scores them while training goes on; ``cli`` passes one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from rich.markup import escape
@@ -26,16 +26,25 @@ from pvtcap.engine import Engine, deepspeed_dict, lr_scale
 from pvtcap.errors import ConfigError, TrainError
 from pvtcap.ledger import Ledger
 from pvtcap.monitor import Monitor, StepStats
+from pvtcap.scoring import Scored
 from pvtcap.shardset import ShardSet
 from pvtcap.sources import Sources, open_shardset
 from pvtcap.stream import BadSample, Batch, View, train_batches, whole_batches
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightreport import Loaded, SourceFile, source_files, weights_table
 
-Evaluate = Callable[[Path], tuple[dict[str, float | None], Path | None]]
+
+class Evaluation(Protocol):
+    """Captions and scores of checkpoints: captions by all ranks, scores beside the steps that follow."""
+
+    def start(self, checkpoint: Path, step: int) -> None:
+        """Caption with a checkpoint just written; collective."""
+
+    def finished(self, *, wait: bool = False) -> Iterator[Scored]:
+        """What has been scored since last asked, on rank 0; with ``wait``, all that is left."""
 
 
-def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluate | None = None) -> None:
+def run(config: Config, world: World, *, resume: str = "auto", evaluation: Evaluation | None = None) -> None:
     """Train to the end, or from the last checkpoint to the end. Every rank calls it."""
     job = prepare(config, world, resume)
     engine = Engine(job.model, config, job.plan, world)
@@ -50,13 +59,15 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluate: Evaluat
         if any(one.taken for one in job.loaded):
             monitor.say(escape(weights_table(job.loaded)))  # a path may have brackets
         if job.start_step == 0:
-            look(engine, job, ledger, world, monitor, 0, evaluate)
+            look(engine, job, ledger, world, monitor, 0, evaluation)
         for step in range(job.start_step + 1, job.total_steps + 1):
             scale = lr_scale(step, job.total_steps, config.optim)
             stats, bad = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale)
             monitor.bad_samples(step, bad, ledger.num_bad)
             monitor.step(step, stats)
-            look(engine, job, ledger, world, monitor, step, evaluate)
+            look(engine, job, ledger, world, monitor, step, evaluation)
+            tell(evaluation, monitor)
+        tell(evaluation, monitor, wait=True)
         monitor.say(f"done: {job.total_steps} steps; {config.run.dir}")
 
 
@@ -104,14 +115,14 @@ def train_step(
 
 
 def look(
-    engine: Engine, job: Job, ledger: Ledger, world: World, monitor: Monitor, step: int, evaluate: Evaluate | None
+    engine: Engine, job: Job, ledger: Ledger, world: World, monitor: Monitor, step: int, evaluation: Evaluation | None
 ) -> None:
-    """What is due after a step: validation loss, a checkpoint, captions and their scores."""
+    """What is due after a step: validation loss, a checkpoint, captions of it."""
     config, last = engine.config, step == job.total_steps
     if job.val is not None and due(config.train.val_every_steps, step, last):
         monitor.val(step, val_loss(engine, job.val, job.view, world, job.plan.micro_batch))
     scoring = (
-        evaluate is not None
+        evaluation is not None
         and job.val is not None
         and (due(config.evaluate.every_steps, step, last) if step else config.evaluate.at_start)
     )
@@ -128,9 +139,15 @@ def look(
             encoder_sha256=job.encoder_sha256,
             weight_files=job.weight_files,
         )
-        if scoring and evaluate is not None:
-            scores, sheet = evaluate(folder)
-            monitor.scores(step, scores, sheet)
+        if scoring and evaluation is not None:
+            evaluation.start(folder, step)
+
+
+def tell(evaluation: Evaluation | None, monitor: Monitor, *, wait: bool = False) -> None:
+    """Hand on what has been scored meanwhile."""
+    if evaluation is not None:
+        for scored in evaluation.finished(wait=wait):
+            monitor.scores(scored)
 
 
 def val_loss(engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int) -> float:

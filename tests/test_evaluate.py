@@ -21,19 +21,11 @@ from pvtcap.shardset import ShardSet
 FILES = ["captions.jsonl", "captions.png", "report.html", "results.json", "scores.json", "worst.png"]
 
 
-def train_and_score(world: World, tree: dict[str, Any]) -> dict[str, Any] | None:
+def train_and_score(world: World, tree: dict[str, Any]) -> None:
     """A short run that scores itself at its start and its end, as ``pvtcap train`` has it."""
     config = parse(tree, "test")
-    reports = []
-
-    def score(folder: Path) -> tuple[dict[str, float | None], Path | None]:
-        out = config.run.dir / "eval" / folder.name
-        report = evaluation.run(folder, Path(str(config.data.val)), out, world, config.evaluate)
-        reports.append(report)
-        return ({} if report is None else report["scores"]), out / evaluation.SHEET
-
-    training.run(config, world, evaluate=score)
-    return reports[-1]
+    with evaluation.BackgroundEvaluation(config, world) as beside:
+        training.run(config, world, evaluation=beside)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.monitor import Monitor, StepStats
+from pvtcap.scoring import SHEET, Scored
 
 ONE = StepStats(loss=2.0, grad_norm=1.0, lr=1e-3, photos=8, captions=16, tokens=100, seconds=0.5, data_wait_seconds=0.1)
 WORLD = World.alone("cpu")
@@ -53,9 +54,9 @@ def test_going_on_drops_what_was_logged_beyond_the_checkpoint(config: Config) ->
 
 
 def test_scores_and_the_sheet_reach_tensorboard(config: Config, tmp_path: Path) -> None:
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "sheet.png")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / SHEET)
     with Monitor(config, {}, WORLD, 0, 6) as monitor:
-        monitor.scores(3, {"Bleu_4": 0.25, "METEOR": None}, tmp_path / "sheet.png")
+        monitor.scores(Scored(3, tmp_path, {"scores": {"Bleu_4": 0.25, "METEOR": None}}))
     (line,) = lines(config)
     assert line == {"step": 3, "kind": "evaluate", "val/Bleu_4": 0.25}
     events = EventAccumulator(str(config.run.dir / "tensorboard"))
@@ -63,11 +64,12 @@ def test_scores_and_the_sheet_reach_tensorboard(config: Config, tmp_path: Path) 
     assert [event.step for event in events.Images("val/captions")] == [3]
 
 
-def test_other_ranks_are_silent(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_are_silent(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Monitor(config, {}, replace(WORLD, rank=1, size=2), 0, 6) as monitor:
         monitor.say("hello")
         monitor.step(6, ONE)
         monitor.val(6, 1.0)
-        monitor.scores(6, {"Bleu_4": 0.5}, None)
+        monitor.scores(Scored(6, tmp_path / "none", {"scores": {"Bleu_4": 0.5}}))
+        monitor.scores(Scored(6, tmp_path, None, "a reason"))
     assert capsys.readouterr().out == ""
     assert not config.run.dir.exists()
