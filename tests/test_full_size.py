@@ -60,7 +60,7 @@ def test_logits_and_features_are_those_of_transformers_and_timm(
     blip, folder = parts
     config = config_of(folder)
     model = Captioner(config, VOCAB).eval()
-    loaded = [weights.load_encoder(model, config), weights.load_decoder(model, config)]
+    loaded = [weights.load_encoder(model.encoder, config), weights.load_decoder(model, config)]
     assert [one.new for one in loaded] == [(), ()]
     tokens = torch.randint(1000, VOCAB - 2, (2, 12), generator=torch.Generator().manual_seed(2))
     patches = torch.randn(2, 144, 768, generator=torch.Generator().manual_seed(3))
