@@ -107,6 +107,8 @@ def hub_config(checkpoint: Checkpoint, captioner: Captioner, tokenizer: CaptionT
     config = checkpoint.config
     theirs = GenerationConfig().to_dict()  # type: ignore[no-untyped-call]
     generation = {name: value for name, value in config.evaluate.model_dump(mode="json").items() if name in theirs}
+    if generation.get("top_p") is not None:
+        generation |= {"do_sample": True, "top_k": 0}
     pvt = captioner.encoder.pvt
     bert = captioner.decoder.lm.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",

@@ -259,11 +259,8 @@ def test_the_table_and_the_checksums(
 ) -> None:
     config = parse({**tree, "model": {**tree["model"], "decoder": str(tmp_path / "blip")}}, "test")
     model = Captioner(config, VOCAB)
-    loaded = [
-        weights.load_encoder(model.encoder, config),
-        weights.load_projection(model, config),
-        weights.load_decoder(model, config),
-    ]
+    loaded = [weights.load_encoder(model.encoder, config)]
+    loaded += [load(model, config) for load in (weights.load_projection, weights.load_decoder)]
     lines = weights_table(loaded).splitlines()
     assert re.match(r"encoder +0 +0 +\d+ +0  scratch$", lines[1])
     assert re.match(rf"decoder +\d+ +[\d,]+ +0 +18  {tmp_path}/blip/model.safetensors$", lines[3])
