@@ -37,6 +37,7 @@ RESULTS, SHEET, WORST, REPORT, EVALUATION = (
     "evaluation.json",
 )
 FILES = (REPORT, RESULTS, SCORES, CAPTIONS, SHEET, WORST)  # not all are drawn of features
+_LOG = "scoring.log"
 _PHOTO_PX, _QUALITY = 320, 85
 _BY = ("CIDEr", "ROUGE_L", "Bleu_1")  # which of a photo's scores say how good its caption is; the next, of equal ones
 
@@ -184,15 +185,17 @@ class Scoring:
         if self._running is not None and self._running[2].poll() is not None:
             step, out, process = self._running
             if process.returncode == 0:
+                if not (out / _LOG).stat().st_size:
+                    (out / _LOG).unlink()  # it had nothing to say
                 self._done.append(Scored(step, out, json.loads((out / SCORES).read_bytes())))
             else:
-                said = (out / "scoring.log").read_text(encoding="utf-8", errors="replace").strip()
+                said = (out / _LOG).read_text(encoding="utf-8", errors="replace").strip()
                 reason = said.splitlines()[-1] if said else f"the scorer ended with code {process.returncode}"
                 self._done.append(Scored(step, out, None, reason))
             self._running = None
         if self._running is None and self._waiting is not None:
             (step, out), self._waiting = self._waiting, None
-            with (out / "scoring.log").open("wb") as log:
+            with (out / _LOG).open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "pvtcap.scoring", str(out)],
                     stdin=subprocess.DEVNULL,
