@@ -338,14 +338,13 @@ def test_without_the_hub_the_checkpoint_knows_the_encoder(runs: Path) -> None:
         Checkpoint.open(runs / "timm").captioner(ALONE.device)
 
 
-def captions(world: World, pairs: list[tuple[str, str]], sheet: str) -> list[list[str]]:
+def captions(world: World, pairs: list[tuple[str, str]], out: str) -> list[list[str]]:
     """What the checkpoint in each first folder says of the ShardSet in the second."""
     told = []
-    for run, data in pairs:
-        checkpoint, shardset = Checkpoint.open(Path(run)), ShardSet.open(Path(data))
-        captioned = evaluation.generate(checkpoint, shardset, world, checkpoint.config.evaluate, blank_photos=False)
-        told.append([item.caption for item in captioned])
-        evaluation.draw_sheet(captioned, shardset, Path(sheet) / f"{len(told)}.png")
+    for number, (run, data) in enumerate(pairs):
+        how, folder = Checkpoint.open(Path(run)).config.evaluate, Path(out) / str(number)
+        evaluation.run(Path(run), data, folder, world, how)
+        told.append([row["caption"] for row in json.loads((folder / "results.json").read_text())])
     return told
 
 
@@ -354,11 +353,12 @@ def test_evaluation_from_features_gives_the_captions_of_the_photos(
 ) -> None:
     pairs = [(runs / "fp16", shapes / "val"), (runs / "timm", folder / "timm-val"), (runs / "fp16", folder / "val")]
     words = [[str(run), str(data)] for run, data in pairs]
-    ((photos, *others),) = run_ranks("test_features:captions", 1, pairs=words, sheet=str(tmp_path))
+    ((photos, *others),) = run_ranks("test_features:captions", 1, pairs=words, out=str(tmp_path))
     assert others == [photos, photos]
     assert len(photos) == 11
     assert len(set(photos)) > 1
-    assert [path.name for path in tmp_path.glob("*.png")] == ["1.png"]  # of features there is nothing to draw
+    drawn = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("*.png")}
+    assert drawn == {("0", "captions.png"), ("0", "worst.png")}  # of features there is nothing to draw
 
 
 def test_float32_features_are_the_photos_to_the_last_bit(tree: dict[str, Any], shapes: Path) -> None:
