@@ -86,7 +86,7 @@ def bleu(sums_RK: Floats) -> Floats:
 
 
 def meteor(sums_RK: Floats) -> Floats:
-    """(R,): METEOR of sums of what its jar answers to SCORE, (R, 23).
+    """(R,): METEOR of sums of ``meteor_counts``, (R, 23).
 
     That is: words and reference words, function words of both, for each of four stages the content words matched in
     both and the function words matched in both, chunks, words matched in both.
@@ -105,9 +105,17 @@ def meteor(sums_RK: Floats) -> Floats:
     mean = precision * recall / (alpha * precision + (1 - alpha) * recall + tiny)
     chunks, words, reference_words = sums_RK[:, 20:].T
     fragmentation = chunks / ((words + reference_words) / 2 + tiny)
-    whole = (words == length) & (reference_words == reference_length) & (chunks == 1)
-    penalty = np.where(whole, 0.0, _METEOR_GAMMA * fragmentation**_METEOR_BETA)
-    return np.asarray(mean * (1 - penalty))
+    return np.asarray(mean * (1 - _METEOR_GAMMA * fragmentation**_METEOR_BETA))
+
+
+def meteor_counts(answer: str) -> list[float]:
+    """What the jar answers to SCORE, with no chunk where a caption is its reference word for word: the jar's sums have
+    none of those, and so no penalty for them.
+    """
+    counts = [float(number) for number in answer.split()]
+    if counts[20] == 1 and counts[21:23] == counts[:2]:
+        counts[20] = 0.0
+    return counts
 
 
 def _interval(values: Floats) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pvtcap.bootstrap import meteor_counts
 from pvtcap.errors import EvaluationError
 from pvtcap.java import spice_command
 from pvtcap.jobs import last_words
@@ -94,7 +95,7 @@ def _meteor(metric: str, folder: Path) -> Result:
 
         def _stat(self, candidate: str, references: list[str]) -> str:
             answer = str(super()._stat(candidate, references))
-            statistics.append([float(number) for number in answer.split()])
+            statistics.append(meteor_counts(answer))
             return answer
 
     meteor = Recording()  # reads its tables while the captions are still being tokenized

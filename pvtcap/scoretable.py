@@ -81,4 +81,5 @@ def _score(report: Report, metric: str) -> Text:
     if value is None:
         return Text("unavailable" if metric in report["scores"] else "")
     low, high = report.get("intervals", {}).get(metric, (None, None))
-    return Text(f"{value:.4f}" if low is None else f"{value:.4f}  [{low:.4f}, {high:.4f}]")
+    # The wider side of the interval: scores.json and the page have both, a table of three columns has no room for them.
+    return Text(f"{value:.4f}" if low is None else f"{value:.4f} ±{max(value - low, high - value):.3f}")

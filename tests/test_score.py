@@ -168,6 +168,22 @@ def test_tokens_without_java() -> None:
         assert " ".join(ptb.tokenize(caption)) == tokens
 
 
+def test_meteors_sums_have_no_penalty_for_captions_that_are_their_references() -> None:
+    pairs = [
+        ("a large green star on the left", ["a large green star on the left"]),
+        ("a small red circle on right", ["a small red circle on the right", "there is a circle"]),
+        ("the star is big", ["a star that is big"]),
+        ("one two three", ["one two three"]),
+    ]
+    references = {str(number): texts for number, (_, texts) in enumerate(pairs)}
+    candidates = {str(number): text for number, (text, _) in enumerate(pairs)}
+    scores = metrics.score(references, candidates, ["METEOR"])
+    rows = np.array([one["METEOR"] for one in scores.statistics.values()])
+    assert bootstrap.meteor(rows.sum(axis=0)[None])[0] == pytest.approx(scores.values["METEOR"], abs=1e-12)
+    low, high = scores.intervals["METEOR"]
+    assert low < scores.values["METEOR"] < high
+
+
 @pytest.mark.skipif(not COCO.exists(), reason=f"needs {COCO}")
 def test_published_scores_of_coco_captions_example() -> None:
     """Per image, to three decimals: for the 126 images of the example whose references are in val2017's annotations."""
