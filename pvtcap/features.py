@@ -64,8 +64,8 @@ def run(config: Config, data: str | Path, out: Path, world: World, options: Feat
         "source_sha256": hashlib.sha256(source.manifest.model_dump_json().encode()).hexdigest(),
     }
     folder = FeatureFolder(out, source, features, build)
-    todo = world.on_first_rank(folder.start)
-    mine = todo[world.rank :: world.size]
+    unfinished = world.on_first_rank(folder.start)
+    mine = unfinished[world.rank :: world.size]
     num_photos = sum(source.sizes[shard] for shard in mine)
     with photos_progress(out.name, num_photos) if world.is_first else nullcontext(lambda done: None) as progress:
         made = encoded_samples(encoder, source, features, mine, config.data, world)
