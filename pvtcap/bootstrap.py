@@ -113,7 +113,7 @@ def meteor_counts(answer: str) -> list[float]:
     none of those, and so no penalty for them.
     """
     counts = [float(number) for number in answer.split()]
-    if counts[20] == 1 and counts[21:23] == counts[:2]:
+    if len(counts) > 22 and counts[20] == 1 and counts[21:23] == counts[:2]:
         counts[20] = 0.0
     return counts
 

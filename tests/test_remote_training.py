@@ -66,11 +66,11 @@ def test_what_is_needed_is_fetched_before_it_is_asked_for(server: ShardServer, c
 def test_a_slow_server_is_no_hanging_worker_and_a_lost_one_is_a_line(
     server: ShardServer, config: Config, tmp_path: Path
 ) -> None:
-    seen = remote(server, config, tmp_path / "cache", workers=1, worker_timeout_s=0.5)
+    seen = remote(server, config, tmp_path / "cache", workers=1, worker_timeout_s=10)
     tars = [entry.file for entry in seen[0].shardsets[0].manifest.shards]
     server.faults = {name: iter(["hold"]) for name in tars}
     batches = train_batches(*seen, batch_plan(seen[1].data, 1), rank(0, 1), seed=0, first_step=0)
-    let_go = threading.Timer(3, server.go.set)
+    let_go = threading.Timer(12, server.go.set)
     let_go.start()
     next(batches)
     let_go.join()
