@@ -174,6 +174,8 @@ def load(
             return
         except RuntimeError as error:
             _look_into(error, work.board, time.monotonic() - waiting_since, timeout_s, rank)
+            if work.board.busy() or work.board.is_fetching():
+                waiting_since = time.monotonic()  # idleness counts from when somebody was last seen at work
         else:
             yield _unwrap(item)
             waiting_since = time.monotonic()
