@@ -1,34 +1,78 @@
-"""torchrun, but quiet about errors that pvtcap has explained: same words, and the exit code of the rank that failed.
+"""torchrun, but quiet about errors that pvtcap has explained, with the failed rank's exit code, and preemptible.
 
     python launch/torchrun.py --standalone --nproc-per-node 8 -m pvtcap train configs/flickr30k.yaml
 
 torchrun itself ends every failure with exit code 1 and a page of its own, in which the one line that matters is lost.
 A rank that was killed, which can say nothing, is named here.
+
+SIGUSR1 or SIGTERM to this process: the ranks are asked to save and leave, and this ends with exit code 75 when they
+have. torchrun itself dies of SIGUSR1, and gives its ranks 30 seconds after SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+RESUME_ME = 75  # as pvtcap.preemption has it
+MARK = "PVTCAP_RESUME_MARK"
 
 
 def run() -> int:
+    # Ranks begin with SIGUSR1 held back, so that one which has just started is not killed by it but told as soon as it
+    # listens. This process takes it in between.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        main()
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
-            print(f"pvtcap: rank {rank} was killed by {name}{hint}", file=sys.stderr)
-            return 128 - failure.exitcode
-        return failure.exitcode
-    return 0
+    _pass_signals_on()
+    with tempfile.TemporaryDirectory(prefix="pvtcap-") as folder:
+        mark = Path(folder) / "resume-me"
+        os.environ[MARK] = str(mark)
+        try:
+            main()
+        except ChildFailedError as error:
+            return _explained(error)
+        return RESUME_ME if mark.exists() else 0
+
+
+def _pass_signals_on() -> None:
+    """SIGUSR1 and SIGTERM go to the ranks; the agent waits for what they do about it."""
+    # torchrun would install its own handler of SIGTERM over ours.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    import threading
+
+    import psutil
+
+    me = psutil.Process()
+
+    def listen() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR1, signal.SIGTERM})
+            for child in me.children():
+                with contextlib.suppress(psutil.Error):
+                    if "LOCAL_RANK" in child.environ():
+                        child.send_signal(signal.SIGUSR1)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def _explained(error: Any) -> int:
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        print(f"pvtcap: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+        return 128 - failure.exitcode
+    return failure.exitcode
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The ``pvtcap`` command. Imports are inside the commands: ``pvtcap --help`` loads no torch.
 
-A PvtcapError becomes one line on standard error and exit code 2; anything else is a bug and keeps its traceback.
+A PvtcapError becomes one line on standard error and exit code 2; anything else is a bug and keeps its traceback. A
+training run that was asked to stop, and can go on, ends with exit code 75.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from pvtcap import __version__, evaluationcommands, modelcommands
+from pvtcap import __version__, evaluationcommands, modelcommands, processes
 from pvtcap.errors import PvtcapError
 
 app = typer.Typer(
@@ -32,15 +33,22 @@ def main() -> None:
     """Run the command line; the entry point of ``pvtcap`` and ``python -m pvtcap``."""
     try:
         app()
+    except SystemExit as end:  # typer ends so, well or not
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except PvtcapError as error:
         if not error.told:
             rank = os.environ.get("RANK", "0")
             print(f"pvtcap: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        # Under torchrun other ranks may sit in a collective that will never end, and so may this one's threads.
-        sys.stdout.flush()
-        os._exit(2) if "TORCHELASTIC_RUN_ID" in os.environ else sys.exit(2)
+        code = 2
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Other ranks may sit in a collective that will never end, and so may this one's threads.
+            sys.stdout.flush()
+            os._exit(code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if "RANK" in os.environ:
+        processes.leave(code)
+    sys.exit(code)
 
 
 @app.command(context_settings=PASS_ON)
@@ -82,12 +90,17 @@ def train(
     except PvtcapError as error:
         error.told = os.environ.get("RANK", "0") != "0"  # all ranks read the same words: one says what is wrong
         raise
-    from pvtcap import train as training
-    from pvtcap.dist import World
-    from pvtcap.evaluate import BackgroundEvaluation
+    from pvtcap.preemption import Notice, exit_code_to_resume
 
-    with World.start() as world, BackgroundEvaluation(loaded, world) as evaluation:
-        training.run(loaded, world, resume=resume, evaluation=evaluation)
+    with Notice(loaded.train.stop_after_minutes) as notice:  # before what follows, which takes seconds
+        from pvtcap import train as training
+        from pvtcap.dist import World
+        from pvtcap.evaluate import BackgroundEvaluation
+
+        with World.start() as world, BackgroundEvaluation(loaded, world) as evaluation:
+            finished = training.run(loaded, world, resume=resume, evaluation=evaluation, notice=notice)
+    if not finished:
+        raise typer.Exit(exit_code_to_resume())
 
 
 app.command()(evaluationcommands.evaluate)

@@ -162,6 +162,19 @@ class TrainConfig(_Section):
     steps: PositiveInt | None = Field(None, description="... or in optimizer steps; exactly one of the two.")
     log_every_steps: PositiveInt = 10
     val_every_steps: PositiveInt | None = Field(None, description="Loss on the whole of data.val; null: never.")
+    stop_after_minutes: PositiveFloat | None = Field(
+        None, description="Save and end with exit code 75 (go on later) when the run has gone on for so long."
+    )
+    spike_sigmas: PositiveFloat | None = Field(
+        6.0, description="A loss so many standard deviations above the last steps' is logged with its photos' keys."
+    )
+    stall_minutes: PositiveFloat = Field(
+        10.0, description="A rank that has not moved for so long is named, with what it was at, and the run ends."
+    )
+    compile: bool = Field(False, description="torch.compile of the decoder.")
+    activation_checkpointing: bool = Field(
+        False, description="Compute the decoder's activations again in the backward pass: less memory, a third slower."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -183,11 +196,27 @@ class OptimConfig(_Section):
 
 class ZeroConfig(_Section):
     stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: 1 shards optimizer states, 2 gradients, 3 all.")
+    offload: Literal["none", "optimizer", "optimizer+parameters"] = Field(
+        "none", description="What a GPU's memory has no room for and the CPU's has; parameters: stage 3 only."
+    )
+    deepspeed_json: Path | None = Field(
+        None, description="Your own DeepSpeed configuration, merged over ours; a clash with what we derive is an error."
+    )
+
+    @model_validator(mode="after")
+    def _offload_fits_stage(self) -> Self:
+        if self.offload != "none" and self.stage == 0:
+            raise ValueError("zero.offload needs ZeRO: set zero.stage to 1, 2 or 3")
+        if self.offload == "optimizer+parameters" and self.stage != 3:
+            raise ValueError("zero.offload of parameters needs zero.stage 3, which shards them")
+        return self
 
 
 class CheckpointConfig(_Section):
     every_steps: PositiveInt | None = Field(None, description="null: at evaluations and at the end only.")
-    keep_last: PositiveInt = Field(2, description="Older checkpoints are removed.")
+    every_minutes: PositiveFloat | None = Field(None, description="Also when the last one is so old.")
+    keep_last: PositiveInt = Field(2, description="Older checkpoints are removed ...")
+    keep_best: NonNegativeInt = Field(1, description="... but so many, the best by CIDEr + Bleu_4 of an evaluation.")
 
 
 class EvaluateConfig(_Section):
@@ -224,7 +253,10 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     zero: ZeroConfig = ZeroConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="Of the forward and backward pass; the optimizer's weights are float32. fp16 scales its loss.",
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

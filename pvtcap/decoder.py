@@ -53,6 +53,13 @@ class Decoder(nn.Module):
         nn.init.zeros_(types.weight)
         types.weight.requires_grad_(False)
 
+    def prepare_training(self, *, checkpointing: bool, compiled: bool) -> None:
+        """Trade time for memory, or the first steps' time for that of all others; neither changes parameters' names."""
+        if checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if compiled:
+            self.lm.bert.compile()
+
     def cross_attention_parameters(self) -> list[nn.Parameter]:
         layers = self.lm.bert.encoder.layer
         return [parameter for layer in layers for parameter in layer.crossattention.parameters()]

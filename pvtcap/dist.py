@@ -9,7 +9,9 @@ Collectives here carry small Python values on the CPU; gradients are DeepSpeed's
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ class World:
     @classmethod
     def start(cls, timeout_minutes: float = 30) -> Self:
         """Join the process group that torchrun or srun describes in the environment; alone, make one of one rank."""
+        # launch/torchrun.py holds SIGTERM back until somebody listens; what does not is ended by it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        faulthandler.enable()  # a rank that dies in native code says where it was
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = _pick_device(local_rank)

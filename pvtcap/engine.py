@@ -7,8 +7,10 @@ grad_norm = engine.step(lr_scale)                    # once a global batch
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +19,70 @@ from torch import Tensor, nn
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, OptimConfig
 from pvtcap.dist import World
+from pvtcap.errors import ConfigError
 from pvtcap.stream import Batch
 
 
-def deepspeed_dict(config: Config, plan: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's own configuration; written to the run folder as ``deepspeed.json``."""
-    bf16 = config.precision == "bf16"
-    return {
+def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) -> dict[str, Any]:
+    """DeepSpeed's own configuration; written to the run folder as ``deepspeed.json``.
+
+    ``universal``: it is to load a checkpoint in DeepSpeed's universal format. Raises ConfigError where the user's own
+    file (``zero.deepspeed_json``) says something else than follows from the rest of the configuration.
+    """
+    bf16, fp16, zero = config.precision == "bf16", config.precision == "fp16", config.zero
+    pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    tree = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {"stage": config.zero.stage},
+        "zero_optimization": {
+            "stage": zero.stage,
+            **({"offload_optimizer": pinned} if zero.offload != "none" else {}),
+            **({"offload_param": pinned} if zero.offload == "optimizer+parameters" else {}),
+        },
         "bf16": {"enabled": bf16},
-        # Sums of many small gradients: in bf16 the later ones would be rounded away. ZeRO-0 offers nothing else.
-        "data_types": {"grad_accum_dtype": "bf16" if bf16 and config.zero.stage == 0 else "fp32"},
+        "fp16": {"enabled": fp16},
+        # Sums of many small gradients: in 16 bits the later ones would be rounded away. ZeRO-0 offers nothing else.
+        "data_types": {"grad_accum_dtype": config.precision if zero.stage == 0 else "fp32"},
         "steps_per_print": 10**9,  # the monitor prints
+        # Offloaded too, the optimizer is torch's fused one: DeepSpeed's own would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if universal:
+        tree["checkpoint"] = {"load_universal": True}
+    return tree if zero.deepspeed_json is None else _merged(tree, _read_json(zero.deepspeed_json), zero.deepspeed_json)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("cannot read zero.deepspeed_json", where=path, got=error.strerror) from None
+    except ValueError as error:
+        raise ConfigError("zero.deepspeed_json is not JSON", where=path, got=str(error)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("zero.deepspeed_json is not a JSON object", where=path, got=type(tree).__name__)
+    return tree
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], where: Path, above: str = "") -> dict[str, Any]:
+    """Both; ConfigError at the first key to which they give different values. "auto" leaves it to ours."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merged(ours[key], value, where, f"{above}{key}.")
+        elif key not in ours:
+            merged[key] = value
+        elif value not in (ours[key], "auto"):
+            raise ConfigError(
+                f"'{above}{key}' follows from the configuration, and zero.deepspeed_json says something else",
+                where=where,
+                got=json.dumps(value),
+                wanted=json.dumps(ours[key]),
+                do="Leave it out there, and set it in the configuration (docs/training.md says which key).",
+            )
+    return merged
 
 
 def lr_scale(step: int, total_steps: int, optim: OptimConfig) -> float:
@@ -47,23 +96,34 @@ def lr_scale(step: int, total_steps: int, optim: OptimConfig) -> float:
 
 def parameter_groups(model: Captioner, optim: OptimConfig) -> list[dict[str, Any]]:
     """AdamW's groups: encoder or not, decayed (matrices) or not (biases, norms). lr_scale scales their ``peak_lr``."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.trainable().items():
-        groups.setdefault((name.startswith("encoder."), parameter.ndim >= 2), []).append(parameter)
+    trainable = model.trainable()
     return [
         {
-            "params": parameters,
+            "params": [trainable[name] for name in names],
             "weight_decay": optim.weight_decay if decayed else 0.0,
             "peak_lr": (optim.encoder_lr or optim.lr) if in_encoder else optim.lr,
         }
-        for (in_encoder, decayed), parameters in groups.items()
+        for (in_encoder, decayed), names in _named_groups(model).items()
     ]
 
 
-class Engine:
-    """A Captioner under DeepSpeed. All methods are collective: every rank calls them in the same order."""
+def _named_groups(model: Captioner) -> dict[tuple[bool, bool], list[str]]:
+    """The trainable parameters' names, by whether they are the encoder's and whether they are matrices."""
+    groups: dict[tuple[bool, bool], list[str]] = {}
+    for name, parameter in model.trainable().items():
+        groups.setdefault((name.startswith("encoder."), parameter.ndim >= 2), []).append(name)
+    return groups
 
-    def __init__(self, model: Captioner, config: Config, plan: BatchPlan, world: World) -> None:
+
+class Engine:
+    """A Captioner under DeepSpeed. All methods are collective: every rank calls them in the same order.
+
+    ``universal``: ``load`` will be given a checkpoint that ``elastic`` converted.
+    """
+
+    def __init__(
+        self, model: Captioner, config: Config, plan: BatchPlan, world: World, *, universal: bool = False
+    ) -> None:
         # DeepSpeed picks its accelerator at import; on a machine without a GPU it must not look for CUDA's compiler.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
         import deepspeed
@@ -71,14 +131,27 @@ class Engine:
         deepspeed.utils.logger.setLevel("WARNING")
         groups = parameter_groups(model, config.optim)
         adamw = torch.optim.AdamW(
-            groups, lr=config.optim.lr, betas=config.optim.betas, fused=world.device.type == "cuda"
+            groups,
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            fused=world.device.type == "cuda" or config.zero.offload != "none",
         )
         self.world, self.config, self.model = world, config, model
-        self.deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-            model=model.to(world.device), optimizer=adamw, config=deepspeed_dict(config, plan), dist_init_required=False
-        )
         # The names, since ZeRO-3 hides sizes and DeepSpeed may not be asked which parameters it holds.
         self._trainable = model.trainable()
+        self.group_names = list(_named_groups(model).values())  # of the optimizer's parameters, in its order
+        self._num_trainable = sum(parameter.numel() for parameter in self._trainable.values())
+        self._gradient_sum = torch.zeros((), device=world.device)
+        self._watch_gradients()
+        model.decoder.prepare_training(
+            checkpointing=config.train.activation_checkpointing, compiled=config.train.compile
+        )
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model.to(world.device),
+            optimizer=adamw,
+            config=deepspeed_dict(config, plan, universal=universal),
+            dist_init_required=False,
+        )
 
     def forward_backward(self, batch: Batch, scale: float) -> float:
         """Back-propagate the batch's loss sum times ``scale``; returns the sum itself (nats)."""
@@ -86,6 +159,25 @@ class Engine:
         # DeepSpeed averages gradients over ranks, and would divide by accumulation: ours are sums over a global count.
         self.deepspeed.backward(loss_sum * (scale * self.world.size), scale_wrt_gas=False)
         return float(loss_sum.detach())
+
+    def gradients_are_finite(self) -> bool:
+        """Whether those of this rank were, in all backward passes since last asked.
+
+        In fp16 some are not from time to time: DeepSpeed leaves out that step and lowers the loss's scale.
+        """
+        finite = bool(torch.isfinite(self._gradient_sum)) or self.config.precision == "fp16"
+        self._gradient_sum = torch.zeros((), device=self.world.device)
+        return finite
+
+    def _watch_gradients(self) -> None:
+        """ZeRO takes gradients away as soon as they are there: each is looked at before it does."""
+
+        def look(gradient: Tensor) -> None:
+            # One pass and no copy; a value that is not finite stays so in any sum of absolute values.
+            self._gradient_sum += torch.linalg.vector_norm(gradient, 1, dtype=torch.float32)
+
+        for parameter in self._trainable.values():
+            parameter.register_hook(look)  # type: ignore[no-untyped-call]
 
     def accumulate(self) -> None:
         """Tell DeepSpeed that a micro-batch which is not the step's last has been back-propagated."""
@@ -95,7 +187,7 @@ class Engine:
     def step(self, scale: float) -> float:
         """Update with the learning rates at ``scale`` times their peaks; returns the gradient norm before clipping."""
         assert self.deepspeed.is_gradient_accumulation_boundary()
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
         # ZeRO-0 in float32 has torch's own optimizer, which does not tell; clipping changes the gradients in step().
         untold = self._gradient_norm() if self.config.zero.stage == 0 and self.config.precision == "fp32" else 0.0
@@ -131,11 +223,22 @@ class Engine:
         master: Tensor | None = safe_get_full_fp32_param(parameter)
         return parameter.data if master is None else master
 
-    def save(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: weights and AdamW's two moments in float32, the weights once more, whole."""
+        in_16_bits = 2 if self.config.precision != "fp32" else 0
+        return self._num_trainable * (4 + 4 + 4 + 4 + in_16_bits)
+
+    def save(self, folder: str, tag: str) -> None:
         """DeepSpeed's own sharded state. Frozen parameters are left out: no checkpoint carries the encoder."""
-        self.deepspeed.save_checkpoint(
-            folder, tag=tag, client_state=client_state, save_latest=False, exclude_frozen_parameters=True
-        )
+        self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: str, tag: str) -> None:
+        """What ``save`` wrote, by as many ranks and at the same ZeRO stage, or what ``elastic`` made of another's.
+
+        The optimizer's options stay those of this configuration: DeepSpeed would take the saved ones, and at ZeRO-3
+        those of the first group for all.
+        """
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
+        for group, kept in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(kept)

@@ -25,11 +25,12 @@ from typing import Any, Self
 import torch
 
 from pvtcap import frozenencoder, scoring
-from pvtcap.checkpoint import Checkpoint
+from pvtcap.checkpoint import Checkpoint, step_folder
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError, ShardError
 from pvtcap.evalparts import Captioned, Part, Parts
+from pvtcap.scoretable import SCORES
 from pvtcap.scoring import SHEET, WORST
 from pvtcap.shardset import ShardSet
 from pvtcap.sources import open_shardset
@@ -133,6 +134,11 @@ class BackgroundEvaluation:
         caption_all(checkpoint, self.config.data.val, out, self.world, self.config.evaluate, blank_photos=blank)
         if self.world.is_first:
             self.scoring.start(step, out)
+
+    def lacks(self, step: int) -> bool:
+        """Did a run that was stopped leave the evaluation at this step without its scores? Collective."""
+        out = step_folder(self.config.run.dir, step).name
+        return self.world.on_first_rank(lambda: not (self.config.run.dir / "eval" / out / SCORES).exists())
 
     def finished(self, *, wait: bool = False) -> Iterator[scoring.Scored]:
         """What has been scored since last asked, each with the step it belongs to; with ``wait``, all that is left."""

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pvtcap.errors import PvtcapError, ShardError
-from pvtcap.processes import start_worker
+from pvtcap.processes import sheltered, start_worker
 
 T = TypeVar("T")
 
@@ -165,7 +165,8 @@ def load(
             prefetch_factor=Rooms.PREFETCH,
             timeout=min(_POLL_S, timeout_s),
         )
-        batches = iter(loader)
+        with sheltered():
+            batches = iter(loader)
     waiting_since = time.monotonic()
     while True:
         try:

@@ -1,7 +1,8 @@
 """What a run says while it runs: the console, ``log.jsonl`` and TensorBoard. Rank 0 only; elsewhere it is silent.
 
-A line of log.jsonl is one JSON object: ``step``, ``kind`` (train, val, evaluate, bad) and the numbers under the same
-names as TensorBoard's scalars. A resumed run drops the lines beyond the step it goes on from: curves have no overlap.
+A line of log.jsonl is one JSON object: ``step``, ``kind`` (train, val, evaluate, checkpoint, bad, spike, event) and the
+numbers under the same names as TensorBoard's scalars; a spike has the photos' keys, an event its text. A resumed run
+drops the lines beyond the step it goes on from: curves have no overlap.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 
 from pvtcap import recipes
 from pvtcap.config import Config
@@ -114,9 +116,32 @@ class Monitor:
         for one in bad:
             self.say(f"step {step}  left out: {one.where}: {one.reason}")
 
-    def val(self, step: int, loss: float) -> None:
-        """Loss on the whole validation set, nats a token."""
-        self._write("val", step, {"val/loss": loss, "val/perplexity": _perplexity(loss)})
+    def spike(self, step: int, loss: float, expected: float, keys: Sequence[Sequence[str]] | None) -> None:
+        """A loss far above what was expected, with the keys of the photos of every rank (None but on rank 0)."""
+        named = [key for part in keys or () for key in part]
+        self._write("spike", step, {"train/loss": loss, "expected": expected}, scalars=False, keys=named)
+        self.say(f"step {step}  loss {loss:.3f} where {expected:.3f} was expected; photos: {_shortened(named)}")
+
+    def event(self, step: int, text: str) -> None:
+        """Something that happened to the run: a line for the person, a line of the log, a text in TensorBoard."""
+        self._write("event", step, {}, text=text)
+        if self._writer is not None:
+            self._writer.add_text("events", text, step)
+        self.say(escape(text))
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint is complete."""
+        self._write("checkpoint", step, {"checkpoint/seconds": seconds})
+
+    def leaving(self, step: int, reason: str, seconds: float) -> None:
+        """The run was asked to stop and has; ``seconds`` since it was asked."""
+        since = f", {seconds:.1f} s after it" if seconds else ""
+        self.event(step, f"stopped at step {step} of {self.total_steps} by {reason}: checkpoint complete{since}")
+        self.say("start the same command again to go on")
+
+    def val(self, step: int, loss: float, seconds: float) -> None:
+        """Loss on the whole validation set, nats a token, and how long that took."""
+        self._write("val", step, {"val/loss": loss, "val/perplexity": _perplexity(loss), "val/seconds": seconds})
         self.say(f"step {step}  [bold]val loss {loss:.4f}[/bold]  perplexity {_perplexity(loss):.2f}")
 
     def scores(self, scored: Scored) -> None:
@@ -134,11 +159,13 @@ class Monitor:
                     self._writer.add_image(tag, np.array(image.convert("RGB")), scored.step, dataformats="HWC")
                 self._writer.flush()
 
-    def _write(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
+    def _write(
+        self, kind: str, step: int, numbers: Mapping[str, float], *, scalars: bool = True, **more: object
+    ) -> None:
         if self._writer is None:
             return
-        print(json.dumps({"step": step, "kind": kind, **numbers}), file=self._log, flush=True)
-        for name, value in numbers.items():
+        print(json.dumps({"step": step, "kind": kind, **numbers, **more}), file=self._log, flush=True)
+        for name, value in numbers.items() if scalars else ():
             self._writer.add_scalar(name, value, step)
 
     def _time_left(self, step: int) -> str:
@@ -165,12 +192,15 @@ def _perplexity(loss: float) -> float:
 
 
 def _open_log(path: Path, start_step: int) -> Any:
-    kept = (
-        [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start_step]
-        if path.exists()
-        else []
-    )
-    log = path.open("w", encoding="utf-8")
-    log.writelines(line + "\n" for line in kept)
-    log.flush()
-    return log
+    # What stands behind the last newline was being written when the run was killed.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= start_step]
+    # Aside first: a run that is killed here must not lose its log.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _shortened(keys: Sequence[str]) -> str:
+    return escape(", ".join(keys[:8]) + (f" and {len(keys) - 8} more (log.jsonl)" if len(keys) > 8 else ""))

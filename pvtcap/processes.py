@@ -1,16 +1,19 @@
-"""Work in several processes, in order: the CPUs there are to use, and a map that looks ahead by a bounded number."""
+"""Processes: how many to start, a map that looks ahead by a bounded number, how workers begin, how ranks end."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
-from typing import TypeVar
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
+from typing import NoReturn, TypeVar
 
 from pvtcap.errors import ShardError
 
@@ -62,6 +65,33 @@ def start_worker() -> None:
     # Ctrl-C reaches the whole process group; only the main process is to act on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+@contextmanager
+def sheltered() -> Iterator[None]:
+    """Processes started in here are not ended by SIGTERM and SIGUSR1, which Slurm sends to all processes of a job.
+
+    What to do about them is the parent's to say; theirs is to go on until it has.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as ``sys.exit`` does, but for taking the interpreter apart.
+
+    gloo's threads outlive ``destroy_process_group`` (torch 2.14), and may hold what the interpreter takes apart: about
+    one rank in some hundreds, its work done, was then ended by SIGABRT.
+    """
+    for child in active_children():
+        child.kill()  # a decoding process has nothing to lose, and may be sheltered from less
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _die_with_parent() -> None:

@@ -1,7 +1,7 @@
 """Train a Captioner. Takes a Config and a World, leaves a run folder; knows nothing of captions' scores.
 
-    with World.start() as world:
-        run(config, world, resume="auto", evaluation=None)
+    with World.start() as world, Notice() as notice:
+        finished = run(config, world, resume="auto", evaluation=None, notice=notice)
 
 ``evaluation``, if given, captions checkpoints just written, and scores them while training goes on; ``cli`` passes one.
 """
@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,20 +19,22 @@ from typing import Protocol
 import torch
 from rich.markup import escape
 
-from pvtcap import checkpoint, frozenencoder, weights
-from pvtcap.captioner import Captioner
-from pvtcap.config import BatchPlan, Config, batch_plan
+from pvtcap import elastic, saving
+from pvtcap.checkpoint import ENGINE, Checkpoint
+from pvtcap.config import BatchPlan, Config
 from pvtcap.dist import World
 from pvtcap.engine import Engine, deepspeed_dict, lr_scale
-from pvtcap.errors import ConfigError, TrainError
+from pvtcap.errors import TrainError
+from pvtcap.job import Job, prepare
 from pvtcap.ledger import Ledger
 from pvtcap.monitor import Monitor, StepStats
+from pvtcap.preemption import Notice
 from pvtcap.scoring import Scored
-from pvtcap.shardset import ShardSet
-from pvtcap.sources import Sources, open_shardset
+from pvtcap.shardset import ShardSet, write_json
+from pvtcap.spikes import SpikeWatch
 from pvtcap.stream import BadSample, Batch, View, train_batches, whole_batches
-from pvtcap.text import CaptionTokenizer
-from pvtcap.weightreport import Loaded, SourceFile, source_files, weights_table
+from pvtcap.weightreport import weights_table
+from pvtcap.zerostate import refuse_code
 
 
 class Evaluation(Protocol):
@@ -40,16 +43,27 @@ class Evaluation(Protocol):
     def start(self, checkpoint: Path, step: int) -> None:
         """Caption with a checkpoint just written; collective."""
 
+    def lacks(self, step: int) -> bool:
+        """Has an evaluation at this step not come to its scores, in a run that was stopped? Collective."""
+
     def finished(self, *, wait: bool = False) -> Iterator[Scored]:
         """What has been scored since last asked, on rank 0; with ``wait``, all that is left."""
 
 
-def run(config: Config, world: World, *, resume: str = "auto", evaluation: Evaluation | None = None) -> None:
-    """Train to the end, or from the last checkpoint to the end. Every rank calls it."""
+def run(
+    config: Config,
+    world: World,
+    *,
+    resume: str = "auto",
+    evaluation: Evaluation | None = None,
+    notice: Notice | None = None,
+) -> bool:
+    """Train to the end, or from the last checkpoint to the end; False: asked to leave before, with a checkpoint.
+
+    Every rank calls it, and all leave at the same step.
+    """
     job = prepare(config, world, resume)
-    engine = Engine(job.model, config, job.plan, world)
-    if job.resumed is not None:
-        engine.load(str(job.resumed.path), checkpoint.ENGINE)
+    engine = start_engine(job, config, world)
     batches = train_batches(job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step)
     ledger = Ledger(
         config.run.dir, job.train, world, start_step=job.start_step, max_bad_fraction=config.data.max_bad_fraction
@@ -58,17 +72,72 @@ def run(config: Config, world: World, *, resume: str = "auto", evaluation: Evalu
         monitor.say(job.summary(config, world))
         if any(one.taken for one in job.loaded):
             monitor.say(escape(weights_table(job.loaded)))  # a path may have brackets
-        if job.start_step == 0:
-            look(engine, job, ledger, world, monitor, 0, evaluation)
+        for line in job.refused:
+            monitor.event(job.start_step, f"not used: {line}")
+        if job.resumed is not None:
+            monitor.event(job.start_step, _how_it_goes_on(job.resumed, config, world))
+        after = AfterStep(engine, job, ledger, world, monitor, evaluation)
+        after.begin()
+        spikes = SpikeWatch(config.train.spike_sigmas)
         for step in range(job.start_step + 1, job.total_steps + 1):
             scale = lr_scale(step, job.total_steps, config.optim)
-            stats, bad = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale)
-            monitor.bad_samples(step, bad, ledger.num_bad)
-            monitor.step(step, stats)
-            look(engine, job, ledger, world, monitor, step, evaluation)
-            tell(evaluation, monitor)
-        tell(evaluation, monitor, wait=True)
+            votes = _votes(world, notice, after.save_is_late)
+            done = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale, votes=votes)
+            leave, save = (count > 0 for count in done.votes)
+            leave = leave and step < job.total_steps
+            monitor.bad_samples(step, done.bad, ledger.num_bad)
+            monitor.step(step, done.stats)
+            if spikes.sees(done.stats.loss):
+                monitor.spike(step, done.stats.loss, spikes.expected, world.gather(done.keys))
+            after.look(step, save=save or leave, leave=leave)
+            if leave:
+                assert notice is not None, "only a notice asks to leave"
+                monitor.leaving(step, notice.reason, notice.seconds_ago())
+                world.barrier()  # a rank that ends before the others are done looks like one that failed
+                return False
+        after.tell(wait=True)
         monitor.say(f"done: {job.total_steps} steps; {config.run.dir}")
+    return True
+
+
+def start_engine(job: Job, config: Config, world: World) -> Engine:
+    """The engine, with the state of the checkpoint to go on from if there is one. Collective."""
+    resumed = job.resumed
+    if resumed is None:
+        return Engine(job.model, config, job.plan, world)
+    changed = elastic.is_needed(resumed, config, world.size)
+    world.on_first_rank(lambda: refuse_code(resumed.path / ENGINE))
+    engine = Engine(job.model, config, job.plan, world, universal=changed and config.zero.stage > 0)
+    if not changed:
+        engine.load(str(resumed.path), ENGINE)
+        return engine
+    folder = config.run.dir / "checkpoints" / f"{resumed.path.name}.universal"
+    world.on_first_rank(lambda: elastic.convert(resumed, folder, config, engine.group_names))
+    if config.zero.stage > 0:
+        engine.load(str(folder), ENGINE)
+    else:
+        elastic.load_plain(engine.optimizer, engine.group_names, folder)
+    world.barrier()  # all have read it
+    world.on_first_rank(lambda: shutil.rmtree(folder))
+    return engine
+
+
+def _how_it_goes_on(resumed: Checkpoint, config: Config, world: World) -> str:
+    before, now = resumed.manifest, resumed.config
+    shapes = [f"{size} ranks, ZeRO-{of.zero.stage}" for size, of in ((before.world_size, now), (world.size, config))]
+    return f"going on from step {before.step} with {shapes[1]}" + (
+        f" (was {shapes[0]})" if shapes[0] != shapes[1] else ""
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """An optimizer step: its numbers, what of it could not be decoded on any rank, this rank's keys, all votes."""
+
+    stats: StepStats
+    bad: list[BadSample]
+    keys: list[str]
+    votes: tuple[float, ...]
 
 
 def train_step(
@@ -80,10 +149,12 @@ def train_step(
     *,
     step: int,
     scale: float,
-) -> tuple[StepStats, list[BadSample]]:
-    """One optimizer step on one global batch, and what of it could not be decoded on any rank.
+    votes: Callable[[], tuple[float, ...]] = tuple,
+) -> Done:
+    """One optimizer step on one global batch; the loss is a sum over tokens divided by the global token count.
 
-    The loss is a sum over tokens divided by the global token count.
+    ``votes`` are numbers of this rank that are added up over ranks on the way. Raises TrainError, on all ranks and
+    before any weight has changed, when the loss or a gradient is not finite.
     """
     started = time.perf_counter()
     micro_batches = [next(batches) for _ in range(plan.accumulation)]
@@ -97,9 +168,11 @@ def train_step(
             engine.accumulate()
         torch.manual_seed(dropout_seed(engine.config.run.seed, step, turn, world.rank))
         local_sum += engine.forward_backward(batch, scale=1 / max(1, num_labels))  # 0 where all photos are bad
-    (loss_sum,) = world.sum([local_sum])
-    if not math.isfinite(loss_sum):
-        stop_not_finite(world, step, local_sum, micro_batches)
+    broken = not (math.isfinite(local_sum) and engine.gradients_are_finite())
+    loss_sum, num_broken, *voted = world.sum([local_sum, broken, *votes()])
+    keys = [sample.key for batch in micro_batches for sample in batch.samples]
+    if num_broken:
+        stop_not_finite(engine.config, world, step, local_sum, keys if broken else [])
     grad_norm = engine.step(scale)
     stats = StepStats(
         loss=loss_sum / max(1, num_labels),
@@ -111,43 +184,81 @@ def train_step(
         seconds=time.perf_counter() - started,
         data_wait_seconds=waited,
     )
-    return stats, bad
+    return Done(stats, bad, keys, tuple(voted))
 
 
-def look(
-    engine: Engine, job: Job, ledger: Ledger, world: World, monitor: Monitor, step: int, evaluation: Evaluation | None
-) -> None:
-    """What is due after a step: validation loss, a checkpoint, captions of it."""
-    config, last = engine.config, step == job.total_steps
-    if job.val is not None and due(config.train.val_every_steps, step, last):
-        monitor.val(step, val_loss(engine, job.val, job.view, world, job.plan.micro_batch))
-    scoring = (
-        evaluation is not None
-        and job.val is not None
-        and (due(config.evaluate.every_steps, step, last) if step else config.evaluate.at_start)
-    )
-    if scoring or (step and (last or due(config.checkpoint.every_steps, step, last))):
-        ledger.write(step)
-        folder = checkpoint.save(
-            engine,
-            job.view.tokenizer,
-            config,
-            job.plan,
-            world,
+class AfterStep:
+    """What is due after a step: validation loss, a checkpoint, captions of it, scores that have come. Collective."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        job: Job,
+        ledger: Ledger,
+        world: World,
+        monitor: Monitor,
+        evaluation: Evaluation | None,
+    ) -> None:
+        self.engine, self.job, self.ledger, self.world = engine, job, ledger, world
+        self.monitor, self.evaluation, self.config = monitor, evaluation, engine.config
+        self._last_save = time.monotonic()
+
+    def begin(self) -> None:
+        """Before the first step: a new run is looked at; one that goes on may owe scores of where it was stopped."""
+        step = self.job.start_step
+        if self.job.resumed is None:
+            self.look(0)
+        elif self._scoring_is_due(step) and self.evaluation is not None and self.evaluation.lacks(step):
+            self.evaluation.start(self.job.resumed.path, step)
+
+    def save_is_late(self) -> bool:
+        """Has it been ``checkpoint.every_minutes`` since the last one?"""
+        every = self.config.checkpoint.every_minutes
+        return every is not None and time.monotonic() - self._last_save >= 60 * every
+
+    def look(self, step: int, *, save: bool = False, leave: bool = False) -> None:
+        """``save``: a checkpoint is due anyhow; ``leave``: nothing but that has time."""
+        job, last = self.job, step == self.job.total_steps
+        if job.val is not None and due(self.config.train.val_every_steps, step, last) and not leave:
+            started = time.perf_counter()
+            loss = val_loss(self.engine, job.val, job.view, self.world, job.plan.micro_batch)
+            self.monitor.val(step, loss, time.perf_counter() - started)
+        scoring = self._scoring_is_due(step)
+        if scoring or save or (step and (last or due(self.config.checkpoint.every_steps, step, last))):
+            folder = self._save(step)
+            if scoring and not leave and self.evaluation is not None:
+                self.evaluation.start(folder, step)
+        if not leave:
+            self.tell()
+
+    def tell(self, *, wait: bool = False) -> None:
+        """Hand on what has been scored meanwhile."""
+        for scored in self.evaluation.finished(wait=wait) if self.evaluation is not None else ():
+            self.monitor.scores(scored)
+            saving.prune(self.config)  # the best may be another now
+
+    def _scoring_is_due(self, step: int) -> bool:
+        how, last = self.config.evaluate, step == self.job.total_steps
+        due_now = due(how.every_steps, step, last) if step else how.at_start
+        return self.evaluation is not None and self.job.val is not None and due_now
+
+    def _save(self, step: int) -> Path:
+        started = time.perf_counter()
+        self.ledger.write(step)
+        folder = saving.save(
+            self.engine,
+            self.job.view.tokenizer,
+            self.config,
+            self.job.plan,
+            self.world,
             step=step,
-            train_data=job.train.describe(),
-            encoder_sha256=job.encoder_sha256,
-            weight_files=job.weight_files,
+            train_data=self.job.train.describe(),
+            encoder_sha256=self.job.encoder_sha256,
+            weight_files=self.job.weight_files,
         )
-        if scoring and evaluation is not None:
-            evaluation.start(folder, step)
-
-
-def tell(evaluation: Evaluation | None, monitor: Monitor, *, wait: bool = False) -> None:
-    """Hand on what has been scored meanwhile."""
-    if evaluation is not None:
-        for scored in evaluation.finished(wait=wait):
-            monitor.scores(scored)
+        self._last_save = time.monotonic()
+        self.monitor.saved(step, time.perf_counter() - started)
+        return folder
 
 
 def val_loss(engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int) -> float:
@@ -165,97 +276,6 @@ def due(every_steps: int | None, step: int, last: bool) -> bool:
     return every_steps is not None and (last or step % every_steps == 0)
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a run needs before it has an engine; equal on all ranks."""
-
-    plan: BatchPlan
-    train: Sources
-    val: ShardSet | None
-    view: View
-    model: Captioner
-    encoder_sha256: str | None
-    resumed: checkpoint.Checkpoint | None
-    total_steps: int
-    loaded: tuple[Loaded, ...]
-    weight_files: tuple[SourceFile, ...]
-
-    @property
-    def start_step(self) -> int:
-        return self.resumed.manifest.step if self.resumed else 0
-
-    def summary(self, config: Config, world: World) -> str:
-        learning = sum(parameter.numel() for parameter in self.model.trainable().values())
-        begin = f"going on from step {self.start_step} of" if self.resumed else "training"
-        return (
-            f"{begin} {self.total_steps} steps: {self.train.num_samples:,} photos, global batch "
-            f"{self.plan.global_batch} = {self.plan.micro_batch} × {world.size} ranks × {self.plan.accumulation}, "
-            f"{world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
-            + (f", {learning:,} parameters learn ({config.train.what})" if learning else "")
-            + ("" if (features := self.train.shardsets[0].manifest.features) is None else f", from {features}")
-        )
-
-
-def prepare(config: Config, world: World, resume: str) -> Job:
-    """Open data, find the checkpoint, build the model; everything that can be wrong is found here, before step 1."""
-    plan = world.on_first_rank(lambda: batch_plan(config.data, world.size))
-    sources = world.on_first_rank(lambda: Sources.open(config.data))
-    world.on_first_rank(lambda: sources.order(config.data, config.run.seed) and None)  # are the weights possible?
-    val = world.on_first_rank(lambda: open_shardset(config.data.val, config.data) if config.data.val else None)
-    shown = [*sources.shardsets, *([] if val is None else [val])]
-    world.on_first_rank(lambda: frozenencoder.check(config, shown, trained=sources.shardsets))
-    total_steps = world.on_first_rank(lambda: length(config, sources.num_samples))
-    resumed = world.on_first_rank(lambda: checkpoint.find_resume(config, resume))
-    if resumed is not None:
-        found = resumed
-        world.on_first_rank(lambda: checkpoint.check_resumable(found, config, world, sources.describe()))
-        tokenizer = resumed.tokenizer()
-    else:
-        tokenizer = world.on_first_rank(lambda: make_tokenizer(config, sources))
-    model = Captioner(config, tokenizer.size)
-    frozen_encoder = not model.encoder_trains
-    loaded = load_weights(model, config, shown, resumed)
-    if resumed is None:
-        weight_files = world.on_first_rank(lambda: source_files(loaded))
-    else:
-        weight_files = resumed.manifest.weight_files  # what the run began with, all of it
-    if resumed is not None and frozen_encoder:
-        checkpoint.check_encoder(model, resumed.manifest, resumed.path)
-    view = View(config.data, tokenizer, config.text.max_tokens)
-    encoder_sha256 = model.encoder.fingerprint() if frozen_encoder else None
-    return Job(plan, sources, val, view, model, encoder_sha256, resumed, total_steps, loaded, weight_files)
-
-
-def load_weights(
-    model: Captioner, config: Config, shown: Sequence[ShardSet], resumed: checkpoint.Checkpoint | None
-) -> tuple[Loaded, ...]:
-    """Fill the model from what the configuration names; what trains is left out when a checkpoint has it."""
-    encoder = frozenencoder.ready(model, config, shown)
-    loaded = [] if encoder is None else [encoder]
-    if resumed is None:
-        loaded.append(weights.load_projection(model, config))
-    if resumed is None or "decoder" not in config.train.what:
-        loaded.append(weights.load_decoder(model, config))
-    return tuple(loaded)
-
-
-def length(config: Config, train_samples: int) -> int:
-    """Optimizer steps of the whole run."""
-    if config.train.steps is not None:
-        return config.train.steps
-    if config.train.epochs is None:
-        raise ConfigError("no length", where="train", do="Set train.epochs or train.steps.")
-    return math.ceil(config.train.epochs * train_samples / config.data.global_batch)
-
-
-def make_tokenizer(config: Config, sources: Sources) -> CaptionTokenizer:
-    """The vocabulary ``text.vocab`` names, or one learned from the training captions."""
-    if config.text.vocab != "train":
-        return weights.load_vocab(config.text)
-    captions = (caption for group in sources.captions() for caption in group)
-    return CaptionTokenizer.train(captions, config.text.vocab_size, config.text.prompt)
-
-
 def dropout_seed(seed: int, step: int, turn: int, rank: int) -> int:
     """Dropout of one micro-batch, as a function of where it stands: nothing to save, nothing to restore."""
     value = 0
@@ -264,17 +284,28 @@ def dropout_seed(seed: int, step: int, turn: int, rank: int) -> int:
     return value
 
 
-def stop_not_finite(world: World, step: int, local_sum: float, micro_batches: list[Batch]) -> None:
-    """All ranks stop before the optimizer moves; the error names the batches whose loss was not finite."""
-    mine = [] if math.isfinite(local_sum) else [s.key for batch in micro_batches for s in batch.samples]
-    keys = world.gather(mine)
+def stop_not_finite(config: Config, world: World, step: int, local_sum: float, keys: Sequence[str]) -> None:
+    """All ranks stop before the optimizer moves; the error names the samples of the ranks where it broke.
+
+    All of them are in the run folder's ``not_finite.json``.
+    """
+    parts = world.gather((math.isfinite(local_sum), list(keys)))
 
     def fail() -> None:
-        named = [key for part in keys or [] for key in part]
+        assert parts is not None, "rank 0 gathers"
+        named = [key for _, part in parts for key in part]
+        what = "a gradient" if all(finite for finite, _ in parts) else "the loss"
+        file = config.run.dir / "not_finite.json"
+        write_json(file, {"step": step, "what": what, "keys": named})
         raise TrainError(
-            f"the loss of step {step} is not finite; no weight was changed by it",
+            f"{what} of step {step} is not finite; no weight was changed by it",
             got=", ".join(named[:64]),
-            do="Lower optim.lr, lengthen optim.warmup_steps, or look at these samples.",
+            do=f"Lower optim.lr, lengthen optim.warmup_steps, or look at these samples (all: {file}).",
         )
 
     world.on_first_rank(fail)
+
+
+def _votes(world: World, notice: Notice | None, save_is_late: Callable[[], bool]) -> Callable[[], tuple[float, ...]]:
+    """Leave? Save? Any rank may be asked to leave; rank 0's clock alone says when a checkpoint is late."""
+    return lambda: (notice is not None and notice.given, world.is_first and save_is_late())

@@ -33,8 +33,7 @@ def consolidated(folder: Path, stage: int, precision: str, wanted: Set[str]) -> 
     files = sorted(folder.glob("*_states.pt"))
     if not files:
         raise CheckpointError("no DeepSpeed state here", where=folder, wanted="*_model_states.pt, *_optim_states.pt")
-    for file in files:
-        _refuse_code(file)
+    refuse_code(folder)
     state = _unsharded(folder, files, precision) if stage == 0 else _sharded(folder)
     missing = sorted(wanted - set(state))
     if missing:
@@ -44,6 +43,12 @@ def consolidated(folder: Path, stage: int, precision: str, wanted: Set[str]) -> 
             got=f"{len(missing)} missing ({missing[0]}, …)",
         )
     return {name: state[name].to(torch.float32) for name in wanted}
+
+
+def refuse_code(folder: Path) -> None:
+    """CheckpointError where a file of DeepSpeed's would run code when it is read."""
+    for file in sorted(folder.glob("*_states.pt")):
+        _refuse_code(file)
 
 
 def _refuse_code(file: Path) -> None:

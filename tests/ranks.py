@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pvtcap.dist import World
+from pvtcap.processes import leave
 
 
 def main(function: str, arguments: str, out: str) -> None:
@@ -21,3 +22,4 @@ def main(function: str, arguments: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

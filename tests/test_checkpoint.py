@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 
 from pvtcap import __version__
 from pvtcap.captioner import Captioner
-from pvtcap.checkpoint import FORMAT, MANIFEST, TRAINABLE, Checkpoint, find_resume, latest, prune, step_folder
+from pvtcap.checkpoint import FORMAT, MANIFEST, TRAINABLE, Checkpoint, complete, latest, step_folder
 from pvtcap.config import Config
+from pvtcap.dist import World
 from pvtcap.errors import CheckpointError
+from pvtcap.resuming import find
+from pvtcap.saving import prune
 from pvtcap.shardset import sha256_file
 from pvtcap.text import CaptionTokenizer
 
@@ -33,7 +36,11 @@ def write(config: Config, step: int) -> Path:
         "global_batch": 8, "train_data": [], "config": config.model_dump(mode="json"),
         "encoder": config.model.encoder, "encoder_sha256": None,
         "trainable_sha256": sha256_file(folder / TRAINABLE),
-        "files": {TRAINABLE: (folder / TRAINABLE).stat().st_size},
+        "files": {
+            TRAINABLE: {
+                "size_bytes": (folder / TRAINABLE).stat().st_size, "sha256": sha256_file(folder / TRAINABLE)
+            }
+        },
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
@@ -47,20 +54,68 @@ def test_the_newest_complete_one_is_chosen_by_run_folder_or_by_name(config: Conf
     assert latest(run / "checkpoints") == step_folder(run, 10)
     assert Checkpoint.open(run).manifest.step == Checkpoint.open(run / "checkpoints").manifest.step == 10
     assert Checkpoint.open(step_folder(run, 5)).manifest.step == 5
-    resumed = find_resume(config, "auto")
-    assert resumed is not None
-    assert resumed.manifest.step == 10
+    found = find(config, "auto", World.alone())
+    assert found.checkpoint is not None
+    assert (found.checkpoint.manifest.step, found.refused) == (10, ())
     with pytest.raises(CheckpointError, match="no complete checkpoint here"):
         Checkpoint.open(step_folder(run, 200))
     with pytest.raises(CheckpointError, match="already holds a run"):
-        find_resume(config, "none")
+        find(config, "none", World.alone())
 
 
 def test_pruning_keeps_the_newest_and_sweeps_what_a_killed_save_left(config: Config) -> None:
     folders = [write(config, step) for step in (1, 2, 3)]
-    (folders[0].parent / "step_00000004.partial").mkdir()
-    prune(folders[0].parent, keep_last=2)
+    for killed in ("step_00000004.partial", "step_00000002.old", "step_00000003.universal"):
+        (folders[0].parent / killed).mkdir()
+    prune(config)
     assert sorted(path.name for path in folders[0].parent.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def scored(run: Path, step: int, cider: float | None, bleu_4: float = 0.1) -> None:
+    folder = run / "eval" / step_folder(run, step).name
+    folder.mkdir(parents=True)
+    if cider != 0.0:
+        (folder / "scores.json").write_text(json.dumps({"scores": {"CIDEr": cider, "Bleu_4": bleu_4}}))
+
+
+def test_pruning_keeps_the_best_by_its_captions_and_links_it(config: Config) -> None:
+    run = config.run.dir
+    for step, cider in ((1, 0.4), (2, 0.9), (3, None), (4, 0.7)):
+        write(config, step)
+        scored(run, step, cider)
+    for step in (5, 6):
+        write(config, step)
+    prune(config)
+    assert [path.name[-1] for path in complete(run / "checkpoints")] == ["2", "5", "6"]
+    assert Checkpoint.open(run / "checkpoints" / "best").manifest.step == 2
+    scored(run, 6, 1.2)  # a better one came
+    prune(config)
+    assert [path.name[-1] for path in complete(run / "checkpoints")] == ["5", "6"]
+    assert (run / "checkpoints" / "best").resolve().name == "step_00000006"
+
+
+def test_one_whose_captions_are_being_scored_may_yet_be_the_best(config: Config) -> None:
+    run = config.run.dir
+    for step in (1, 2, 3, 4, 5):
+        write(config, step)
+        if step < 4:
+            scored(run, step, 0.0)  # captions, and no scores yet: one is scored, one waits, the oldest was given up
+    prune(config)
+    assert [path.name[-1] for path in complete(run / "checkpoints")] == ["2", "3", "4", "5"]
+
+
+def test_a_damaged_one_is_named_and_the_last_good_one_is_gone_on_from(config: Config) -> None:
+    for step, how in ((1, ""), (2, "changed"), (3, "format"), (4, "cut")):
+        damage(write(config, step), how)
+    found = find(config, "auto", World.alone())
+    assert found.checkpoint is not None
+    assert found.checkpoint.manifest.step == 1
+    assert [("step_0000000" + number in line) for number, line in zip("432", found.refused, strict=True)] == [True] * 3
+    assert "got other/9; wanted pvtcap-checkpoint/" in found.refused[1]
+    assert "sha256 differs" in found.refused[2]
+    damage(step_folder(config.run.dir, 1), "not json")
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from is whole"):
+        find(config, "auto", World.alone())
 
 
 def test_the_whole_model_comes_back(config: Config) -> None:
@@ -94,7 +149,7 @@ def damage(folder: Path, how: str) -> None:
         ("gone", "got nothing"),
         ("changed", "sha256 differs"),
         ("format", "got other/9"),
-        ("not json", "not a valid CheckpointManifest"),
+        ("not json", "not a checkpoint's manifest"),
     ],
 )
 def test_a_damaged_one_is_named_and_not_used(config: Config, how: str, says: str) -> None:

@@ -15,7 +15,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"errors"},
-    {"shardformat", "processes", "distribution", "addresses", "robots", "remote", "filelock", "weightnames"},
+    {
+        "shardformat",
+        "processes",
+        "preemption",
+        "spikes",
+        "distribution",
+        "addresses",
+        "robots",
+        "remote",
+        "filelock",
+        "weightnames",
+    },
     {"shardfiles", "bootstrap", "java", "jobs", "ptb", "cocofiles", "weightfiles"},
     {"shardcache"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "scorers"},
@@ -29,7 +40,8 @@ LEVELS = [
     {"weights", "engine", "monitor", "ledger", "cococaptions"},
     {"frozenencoder", "audit"},
     {"checkpoint"},
-    {"modelcard", "api", "combinedmodel"},
+    {"modelcard", "api", "combinedmodel", "saving", "resuming", "elastic"},
+    {"job"},
     {"train", "evaluate", "caption", "features", "shardcommands", "export", "weightfetch"},
     {"evaluationcommands", "modelcommands"},
     {"cli"},
@@ -43,7 +55,7 @@ BUILDERS_MAY_USE = {
     "pvtcap.cococaptions",
 }
 DOWNLOADERS_MAY_USE = {"pvtcap.addresses", "pvtcap.download", "pvtcap.fetch", "pvtcap.urltable"}
-LAUNCHERS_MAY_USE = {"torch"}
+LAUNCHERS_MAY_USE = {"torch", "psutil"}
 
 
 def imports(path: Path) -> set[str]:
