@@ -1,0 +1,145 @@
+"""pytest tests/test_preemption.py: real runs that are asked to leave, and go on. What Slurm does is in test_slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, tiny_tree
+
+from pvtcap import audit
+from pvtcap.preemption import RESUME_ME, Notice
+
+STEPS = 30
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log that is being written."""
+    path = run / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Callable[..., subprocess.Popen[str]]:
+    """``start(run, ranks, **train)``: ``pvtcap train`` as launch/local.sh starts it."""
+
+    def begin(run: Path, ranks: int, *words: str) -> subprocess.Popen[str]:
+        tree = tiny_tree(shapes, run)
+        tree["train"] |= {"steps": STEPS}
+        tree["data"] |= {"workers": 1}
+        file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        environment = {
+            **os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        command = [str(ROOT / "launch" / "local.sh"), "train", str(file), *words]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., subprocess.Popen[str]]) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    process = start(run, 2)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-4000:]
+    return run
+
+
+def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
+    while process.poll() is None and not any(line["step"] >= step for line in lines(run)):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1][-4000:]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return sorted((child for child in children if "LOCAL_RANK" in child.environ()), key=lambda c: c.environ()["RANK"])
+
+
+def to_the_agent(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGUSR1)
+
+
+def to_one_rank(process: subprocess.Popen[str]) -> None:
+    ranks_of(process)[1].send_signal(signal.SIGUSR1)
+
+
+def to_everybody_twice(process: subprocess.Popen[str]) -> None:
+    """As scancel, and a time limit, do to a job: decoding processes and their servers too."""
+    for _ in range(2):
+        for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            member.terminate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("ask", [to_the_agent, to_one_rank, to_everybody_twice], ids=lambda ask: ask.__name__)
+def test_asked_to_leave_it_saves_leaves_and_goes_on_as_if_nothing_had_been(
+    ask: Callable[[subprocess.Popen[str]], None],
+    start: Callable[..., subprocess.Popen[str]],
+    unbroken: Path,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    first = start(run, 2)
+    wait_for_step(run, first, 7)
+    ask(first)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == RESUME_ME, err[-4000:]
+    assert "checkpoint complete" in out
+    (event,) = (line for line in lines(run) if line["kind"] == "event" and "stopped" in line["text"])
+    assert 7 <= event["step"] < STEPS
+    second = start(run, 2)
+    out, err = second.communicate(timeout=200)
+    assert second.returncode == 0, err[-4000:]
+    assert f"going on from step {event['step']}" in out
+    end = f"checkpoints/step_{STEPS:08d}/trainable.safetensors"
+    assert (run / end).read_bytes() == (unbroken / end).read_bytes()
+    assert audit.audit(run).is_clean
+
+
+def test_a_notice_that_comes_before_anybody_listens_is_not_lost(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = start(tmp_path / "run", 2)
+    while not psutil.Process(process.pid).children() or len(ranks_of(process)) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == RESUME_ME, err[-4000:]
+    assert max(line["step"] for line in lines(tmp_path / "run")) == 1
+
+
+def test_a_time_limit_of_ones_own_leaves_too_without_torchrun(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = start(tmp_path / "run", 1, "train.stop_after_minutes=0.001")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == RESUME_ME, err[-4000:]
+    assert "stopped at step 1 of 30 by train.stop_after_minutes: checkpoint complete" in out
+
+
+def test_a_notice_is_given_once_and_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Notice() as notice:
+        assert (notice.given, notice.seconds_ago()) == (False, 0.0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice.given
+        assert notice.reason == "SIGUSR1"
+        assert notice.seconds_ago() >= 0
+    assert signal.getsignal(signal.SIGUSR1) == before
