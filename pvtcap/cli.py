@@ -96,9 +96,14 @@ def train(
         from pvtcap import train as training
         from pvtcap.dist import World
         from pvtcap.evaluate import BackgroundEvaluation
+        from pvtcap.stallwatch import StallWatch
 
-        with World.start() as world, BackgroundEvaluation(loaded, world) as evaluation:
-            finished = training.run(loaded, world, resume=resume, evaluation=evaluation, notice=notice)
+        with (
+            World.start() as world,
+            StallWatch(loaded.run.dir, world.rank, world.size, minutes=loaded.train.stall_minutes) as watch,
+            BackgroundEvaluation(loaded, world, beat=watch.beat) as evaluation,
+        ):
+            finished = training.run(loaded, world, resume=resume, evaluation=evaluation, notice=notice, watch=watch)
     if not finished:
         raise typer.Exit(exit_code_to_resume())
 

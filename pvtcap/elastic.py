@@ -17,7 +17,7 @@ import contextlib
 import io
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from pvtcap.errors import CheckpointError
 from pvtcap.weightfiles import read_tree
 from pvtcap.zerostate import refuse_code
 
+Groups = Sequence[Mapping[str, torch.Size]]  # the optimizer's: parameters' names and shapes, in its order
+
 _STATES, _COMMON = ("exp_avg", "exp_avg_sq"), "optimizer_state.pt"
 
 
@@ -40,10 +42,10 @@ def is_needed(checkpoint: Checkpoint, config: Config, num_ranks: int) -> bool:
     return before != now or (now > 0 and checkpoint.manifest.world_size != num_ranks)
 
 
-def convert(checkpoint: Checkpoint, into: Path, config: Config, groups: Sequence[Sequence[str]]) -> Path:
+def convert(checkpoint: Checkpoint, into: Path, config: Config, groups: Groups) -> Path:
     """Write the universal format of ``checkpoint`` to ``into``/deepspeed; one process does it.
 
-    ``groups`` are the names of the optimizer's parameters, in its order. Raises CheckpointError.
+    Raises CheckpointError where that is not possible.
     """
     before, now = checkpoint.config.zero.stage, config.zero.stage
     if 0 in (before, now) and config.precision != "fp32":
@@ -61,12 +63,12 @@ def convert(checkpoint: Checkpoint, into: Path, config: Config, groups: Sequence
     if before == 0:
         _convert_plain(source, out, groups)
     else:
-        _convert_sharded(source, out, before)
+        _convert_sharded(source, out, before, groups)
     _complete(out, groups)
     return into
 
 
-def load_plain(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[str]], folder: Path) -> None:
+def load_plain(optimizer: torch.optim.Optimizer, groups: Groups, folder: Path) -> None:
     """Set the weights and AdamW's state of an optimizer that holds the parameters whole."""
     for group, names in zip(optimizer.param_groups, groups, strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
@@ -87,7 +89,7 @@ def _param(folder: Path, name: str) -> torch.Tensor:
     return tensor
 
 
-def _convert_sharded(source: Path, out: Path, stage: int) -> None:
+def _convert_sharded(source: Path, out: Path, stage: int, groups: Groups) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress
         from deepspeed.checkpoint import ds_to_universal
@@ -103,14 +105,21 @@ def _convert_sharded(source: Path, out: Path, stage: int) -> None:
         )
         ds_to_universal.main(how)
     if stage == 3:
-        # There the step is in the common state alone; ZeRO 1 and 2 look for it beside each parameter.
-        common = torch.load(out / "zero" / _COMMON, weights_only=False, map_location="cpu")  # just written, by this
-        for folder in (out / "zero").iterdir():
-            if folder.is_dir():
-                torch.save(common["optimizer_state_dict"]["state"][0]["step"], folder / "step.pt")
+        _like_the_others(out, groups)
 
 
-def _convert_plain(source: Path, out: Path, groups: Sequence[Sequence[str]]) -> None:
+def _like_the_others(out: Path, groups: Groups) -> None:
+    """Of ZeRO-3 DeepSpeed leaves bare flat tensors, and the step in the common state alone: ZeRO 1 and 2 want more."""
+    common = torch.load(out / "zero" / _COMMON, weights_only=False, map_location="cpu")  # just written, by this process
+    for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
+        folder = out / "zero" / name
+        for key in ("fp32", *_STATES):
+            flat = torch.load(folder / f"{key}.pt", weights_only=True, map_location="cpu")
+            torch.save({"param": flat.reshape(shape)}, folder / f"{key}.pt")
+        torch.save(common["optimizer_state_dict"]["state"][0]["step"], folder / "step.pt")
+
+
+def _convert_plain(source: Path, out: Path, groups: Groups) -> None:
     file = sorted(source.glob("mp_rank_*_model_states.pt"))[0]
     tree = read_tree(file)
     optimizer = tree["optimizer"]
@@ -122,11 +131,11 @@ def _convert_plain(source: Path, out: Path, groups: Sequence[Sequence[str]]) -> 
             for key in _STATES:
                 torch.save({"param": state[key]}, folder / f"{key}.pt")
             torch.save(state["step"], folder / "step.pt")
-    torch.save({"ds_version": tree["ds_version"]}, out / "zero" / _COMMON)
+    torch.save({}, out / "zero" / _COMMON)
     torch.save(tree, out / file.name)
 
 
-def _complete(out: Path, groups: Sequence[Sequence[str]]) -> None:
+def _complete(out: Path, groups: Groups) -> None:
     """Add what DeepSpeed wants at one stage and writes only at another; CheckpointError if a parameter is missing."""
     names = [name for group in groups for name in group]
     missing = [name for name in names if not (out / "zero" / name / "exp_avg.pt").exists()]
@@ -137,9 +146,9 @@ def _complete(out: Path, groups: Sequence[Sequence[str]]) -> None:
     # Empty: the optimizer's options are the configuration's, engine.load sees to it.
     options: list[dict[str, Any]] = [{} for _ in groups]
     common |= {"param_groups": options, "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": options}}
-    torch.save(common, out / "zero" / _COMMON)
     file = sorted(out.glob("*_model_states.pt"))[0]
     tree = torch.load(file, weights_only=False, map_location="cpu")
+    torch.save({"ds_version": tree["ds_version"], **common}, out / "zero" / _COMMON)
     tree |= {"module": {}, "optimizer": None}
     for path in out.glob("*_model_states.pt"):
         path.unlink()

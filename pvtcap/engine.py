@@ -139,7 +139,8 @@ class Engine:
         self.world, self.config, self.model = world, config, model
         # The names, since ZeRO-3 hides sizes and DeepSpeed may not be asked which parameters it holds.
         self._trainable = model.trainable()
-        self.group_names = list(_named_groups(model).values())  # of the optimizer's parameters, in its order
+        # Names and shapes of the optimizer's parameters, group by group, in its order.
+        self.groups = [{name: self._trainable[name].shape for name in names} for names in _named_groups(model).values()]
         self._num_trainable = sum(parameter.numel() for parameter in self._trainable.values())
         self._gradient_sum = torch.zeros((), device=world.device)
         self._watch_gradients()

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -70,6 +70,7 @@ def caption_all(
     blank_photos: bool = False,
     allow_missing: bool = False,
     training: Path | None = None,
+    beat: Callable[[], None] | None = None,
 ) -> None:
     """Leave in ``out`` what ``scoring.finish`` needs; collective.
 
@@ -89,6 +90,8 @@ def caption_all(
         for part in _captioned(chosen, config, shardset, world, how, numbers, allow_missing):
             parts.add(part)
             done.append(part)
+            if beat is not None:
+                beat()
     gathered = world.gather(done)
 
     def finish() -> None:
@@ -115,11 +118,12 @@ class BackgroundEvaluation:
         for scored in beside.finished(): …                  rank 0 at any later step, elsewhere nothing; never waits
         for scored in beside.finished(wait=True): …         at the end of the run; left before that, it stops scoring
 
-    No rank ever waits for a scorer but rank 0 at the end, where no collective follows.
+    No rank ever waits for a scorer but rank 0 at the end, where no collective follows. ``beat`` is called after each
+    batch that is captioned: whoever watches over the run sees that it moves.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world, self.scoring = config, world, scoring.Scoring()
+    def __init__(self, config: Config, world: World, beat: Callable[[], None] | None = None) -> None:
+        self.config, self.world, self.beat, self.scoring = config, world, beat, scoring.Scoring()
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +135,8 @@ class BackgroundEvaluation:
         """Caption ``data.val`` with a checkpoint just written, into run.dir/eval/step_…"""
         assert self.config.data.val is not None, "train asks for scores only where there is data.val"
         out, blank = self.config.run.dir / "eval" / checkpoint.name, self.config.data.blank_photos
-        caption_all(checkpoint, self.config.data.val, out, self.world, self.config.evaluate, blank_photos=blank)
+        how = self.config.evaluate
+        caption_all(checkpoint, self.config.data.val, out, self.world, how, blank_photos=blank, beat=self.beat)
         if self.world.is_first:
             self.scoring.start(step, out)
 

@@ -1,9 +1,10 @@
 """Train a Captioner. Takes a Config and a World, leaves a run folder; knows nothing of captions' scores.
 
-    with World.start() as world, Notice() as notice:
-        finished = run(config, world, resume="auto", evaluation=None, notice=notice)
+    with World.start() as world:
+        finished = run(config, world, resume="auto", evaluation=None, notice=None, watch=None)
 
-``evaluation``, if given, captions checkpoints just written, and scores them while training goes on; ``cli`` passes one.
+``evaluation`` captions checkpoints just written, and scores them while training goes on; a ``notice`` asks to leave; a
+``watch`` ends a run of which a rank stalls. ``cli`` passes all three.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from rich.markup import escape
 
-from pvtcap import elastic, saving
+from pvtcap import elastic
+from pvtcap.afterstep import AfterStep, Evaluation
 from pvtcap.checkpoint import ENGINE, Checkpoint
 from pvtcap.config import BatchPlan, Config
 from pvtcap.dist import World
@@ -29,25 +30,13 @@ from pvtcap.job import Job, prepare
 from pvtcap.ledger import Ledger
 from pvtcap.monitor import Monitor, StepStats
 from pvtcap.preemption import Notice
-from pvtcap.scoring import Scored
-from pvtcap.shardset import ShardSet, write_json
+from pvtcap.runfolder import owned
+from pvtcap.shardset import write_json
 from pvtcap.spikes import SpikeWatch
-from pvtcap.stream import BadSample, Batch, View, train_batches, whole_batches
+from pvtcap.stallwatch import StallWatch
+from pvtcap.stream import BadSample, Batch, train_batches
 from pvtcap.weightreport import weights_table
 from pvtcap.zerostate import refuse_code
-
-
-class Evaluation(Protocol):
-    """Captions and scores of checkpoints: captions by all ranks, scores beside the steps that follow."""
-
-    def start(self, checkpoint: Path, step: int) -> None:
-        """Caption with a checkpoint just written; collective."""
-
-    def lacks(self, step: int) -> bool:
-        """Has an evaluation at this step not come to its scores, in a run that was stopped? Collective."""
-
-    def finished(self, *, wait: bool = False) -> Iterator[Scored]:
-        """What has been scored since last asked, on rank 0; with ``wait``, all that is left."""
 
 
 def run(
@@ -57,47 +46,73 @@ def run(
     resume: str = "auto",
     evaluation: Evaluation | None = None,
     notice: Notice | None = None,
+    watch: StallWatch | None = None,
 ) -> bool:
     """Train to the end, or from the last checkpoint to the end; False: asked to leave before, with a checkpoint.
 
     Every rank calls it, and all leave at the same step.
     """
     job = prepare(config, world, resume)
-    engine = start_engine(job, config, world)
-    batches = train_batches(job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step)
-    ledger = Ledger(
-        config.run.dir, job.train, world, start_step=job.start_step, max_bad_fraction=config.data.max_bad_fraction
-    )
-    with Monitor(config, deepspeed_dict(config, job.plan), world, job.start_step, job.total_steps) as monitor:
-        monitor.say(job.summary(config, world))
-        if any(one.taken for one in job.loaded):
-            monitor.say(escape(weights_table(job.loaded)))  # a path may have brackets
-        for line in job.refused:
-            monitor.event(job.start_step, f"not used: {line}")
-        if job.resumed is not None:
-            monitor.event(job.start_step, _how_it_goes_on(job.resumed, config, world))
-        after = AfterStep(engine, job, ledger, world, monitor, evaluation)
-        after.begin()
-        spikes = SpikeWatch(config.train.spike_sigmas)
-        for step in range(job.start_step + 1, job.total_steps + 1):
-            scale = lr_scale(step, job.total_steps, config.optim)
-            votes = _votes(world, notice, after.save_is_late)
-            done = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale, votes=votes)
-            leave, save = (count > 0 for count in done.votes)
-            leave = leave and step < job.total_steps
-            monitor.bad_samples(step, done.bad, ledger.num_bad)
-            monitor.step(step, done.stats)
-            if spikes.sees(done.stats.loss):
-                monitor.spike(step, done.stats.loss, spikes.expected, world.gather(done.keys))
-            after.look(step, save=save or leave, leave=leave)
-            if leave:
-                assert notice is not None, "only a notice asks to leave"
-                monitor.leaving(step, notice.reason, notice.seconds_ago())
-                world.barrier()  # a rank that ends before the others are done looks like one that failed
-                return False
-        after.tell(wait=True)
-        monitor.say(f"done: {job.total_steps} steps; {config.run.dir}")
+    with owned(config.run.dir, world):
+        engine = start_engine(job, config, world)
+        ledger = Ledger(
+            config.run.dir, job.train, world, start_step=job.start_step, max_bad_fraction=config.data.max_bad_fraction
+        )
+        ours = deepspeed_dict(config, job.plan)
+        with Monitor(config, ours, world, job.start_step, job.total_steps) as monitor:
+            _introduce(job, config, world, monitor)
+            after = AfterStep(engine, job, ledger, world, monitor, evaluation)
+            after.begin()
+            for step, leave in _steps(engine, job, ledger, world, monitor, after, notice):
+                if watch is not None:
+                    watch.beat(step)
+                if leave:
+                    return False
+            with nullcontext() if watch is None else watch.paused():
+                after.tell(wait=True)  # for the scorer, on rank 0; the metrics have time limits of their own
+            monitor.say(f"done: {job.total_steps} steps; {config.run.dir}")
     return True
+
+
+def _steps(
+    engine: Engine,
+    job: Job,
+    ledger: Ledger,
+    world: World,
+    monitor: Monitor,
+    after: AfterStep,
+    notice: Notice | None,
+) -> Iterator[tuple[int, bool]]:
+    """Do the steps that are left; after each, its number and whether all are to leave, their checkpoint complete."""
+    config = engine.config
+    batches = train_batches(job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step)
+    spikes = SpikeWatch(config.train.spike_sigmas)
+    votes = _votes(world, notice, after.save_is_late)
+    for step in range(job.start_step + 1, job.total_steps + 1):
+        scale = lr_scale(step, job.total_steps, config.optim)
+        done = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale, votes=votes)
+        leave, save = (count > 0 for count in done.votes)
+        leave = leave and step < job.total_steps
+        monitor.bad_samples(step, done.bad, ledger.num_bad)
+        monitor.step(step, done.stats)
+        if spikes.sees(done.stats.loss):
+            monitor.spike(step, done.stats.loss, spikes.expected, world.gather(done.keys))
+        after.look(step, save=save or leave, leave=leave)
+        if leave:
+            assert notice is not None, "only a notice asks to leave"
+            monitor.leaving(step, notice.reason, notice.seconds_ago())
+            world.barrier()  # a rank that ends before the others are done looks like one that failed
+        yield step, leave
+
+
+def _introduce(job: Job, config: Config, world: World, monitor: Monitor) -> None:
+    monitor.say(job.summary(config, world))
+    if any(one.taken for one in job.loaded):
+        monitor.say(escape(weights_table(job.loaded)))  # a path may have brackets
+    for line in job.refused:
+        monitor.event(job.start_step, f"not used: {line}")
+    if job.resumed is not None:
+        monitor.event(job.start_step, _how_it_goes_on(job.resumed, config, world))
 
 
 def start_engine(job: Job, config: Config, world: World) -> Engine:
@@ -112,11 +127,11 @@ def start_engine(job: Job, config: Config, world: World) -> Engine:
         engine.load(str(resumed.path), ENGINE)
         return engine
     folder = config.run.dir / "checkpoints" / f"{resumed.path.name}.universal"
-    world.on_first_rank(lambda: elastic.convert(resumed, folder, config, engine.group_names))
+    world.on_first_rank(lambda: elastic.convert(resumed, folder, config, engine.groups))
     if config.zero.stage > 0:
         engine.load(str(folder), ENGINE)
     else:
-        elastic.load_plain(engine.optimizer, engine.group_names, folder)
+        elastic.load_plain(engine.optimizer, engine.groups, folder)
     world.barrier()  # all have read it
     world.on_first_rank(lambda: shutil.rmtree(folder))
     return engine
@@ -185,95 +200,6 @@ def train_step(
         data_wait_seconds=waited,
     )
     return Done(stats, bad, keys, tuple(voted))
-
-
-class AfterStep:
-    """What is due after a step: validation loss, a checkpoint, captions of it, scores that have come. Collective."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        job: Job,
-        ledger: Ledger,
-        world: World,
-        monitor: Monitor,
-        evaluation: Evaluation | None,
-    ) -> None:
-        self.engine, self.job, self.ledger, self.world = engine, job, ledger, world
-        self.monitor, self.evaluation, self.config = monitor, evaluation, engine.config
-        self._last_save = time.monotonic()
-
-    def begin(self) -> None:
-        """Before the first step: a new run is looked at; one that goes on may owe scores of where it was stopped."""
-        step = self.job.start_step
-        if self.job.resumed is None:
-            self.look(0)
-        elif self._scoring_is_due(step) and self.evaluation is not None and self.evaluation.lacks(step):
-            self.evaluation.start(self.job.resumed.path, step)
-
-    def save_is_late(self) -> bool:
-        """Has it been ``checkpoint.every_minutes`` since the last one?"""
-        every = self.config.checkpoint.every_minutes
-        return every is not None and time.monotonic() - self._last_save >= 60 * every
-
-    def look(self, step: int, *, save: bool = False, leave: bool = False) -> None:
-        """``save``: a checkpoint is due anyhow; ``leave``: nothing but that has time."""
-        job, last = self.job, step == self.job.total_steps
-        if job.val is not None and due(self.config.train.val_every_steps, step, last) and not leave:
-            started = time.perf_counter()
-            loss = val_loss(self.engine, job.val, job.view, self.world, job.plan.micro_batch)
-            self.monitor.val(step, loss, time.perf_counter() - started)
-        scoring = self._scoring_is_due(step)
-        if scoring or save or (step and (last or due(self.config.checkpoint.every_steps, step, last))):
-            folder = self._save(step)
-            if scoring and not leave and self.evaluation is not None:
-                self.evaluation.start(folder, step)
-        if not leave:
-            self.tell()
-
-    def tell(self, *, wait: bool = False) -> None:
-        """Hand on what has been scored meanwhile."""
-        for scored in self.evaluation.finished(wait=wait) if self.evaluation is not None else ():
-            self.monitor.scores(scored)
-            saving.prune(self.config)  # the best may be another now
-
-    def _scoring_is_due(self, step: int) -> bool:
-        how, last = self.config.evaluate, step == self.job.total_steps
-        due_now = due(how.every_steps, step, last) if step else how.at_start
-        return self.evaluation is not None and self.job.val is not None and due_now
-
-    def _save(self, step: int) -> Path:
-        started = time.perf_counter()
-        self.ledger.write(step)
-        folder = saving.save(
-            self.engine,
-            self.job.view.tokenizer,
-            self.config,
-            self.job.plan,
-            self.world,
-            step=step,
-            train_data=self.job.train.describe(),
-            encoder_sha256=self.job.encoder_sha256,
-            weight_files=self.job.weight_files,
-        )
-        self._last_save = time.monotonic()
-        self.monitor.saved(step, time.perf_counter() - started)
-        return folder
-
-
-def val_loss(engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int) -> float:
-    """Mean loss (nats a token) over the whole set, each sample exactly once, at any world size."""
-    loss_sum, num_labels = 0.0, 0
-    for batch in whole_batches(val, view, micro_batch, world, even=True):
-        loss_sum += engine.loss_sum(batch)
-        num_labels += batch.num_labels
-    loss_sum, num_labels_all = world.sum([loss_sum, num_labels])
-    return loss_sum / num_labels_all
-
-
-def due(every_steps: int | None, step: int, last: bool) -> bool:
-    """Is something with this cadence due after ``step``? A cadence that is set is also due at the start and the end."""
-    return every_steps is not None and (last or step % every_steps == 0)
 
 
 def dropout_seed(seed: int, step: int, turn: int, rank: int) -> int:

@@ -12,13 +12,15 @@ from conftest import RankFunction
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pvtcap import train as training
+from pvtcap.afterstep import due
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.configfile import parse
 from pvtcap.dist import World
+from pvtcap.engine import Engine
 from pvtcap.errors import PvtcapError
 from pvtcap.job import length, make_tokenizer, prepare
 from pvtcap.sources import Sources
-from pvtcap.train import dropout_seed, due
+from pvtcap.train import dropout_seed
 
 
 def logged(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -73,6 +75,7 @@ def test_a_run_leaves_what_its_watchers_look_for(run_ranks: RankFunction, tree: 
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
         "config.yaml", "deepspeed.json", "environment.json", "log.jsonl", "tensorboard", "checkpoints", "ledger",
+        "lock",
     }  # fmt: skip
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
@@ -141,27 +144,46 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
     assert before == after
 
 
-def explode(world: World, tree: dict[str, Any]) -> list[Any]:
-    """One training step with weights of which rank 0's give NaN."""
-    from pvtcap.engine import Engine
+def test_a_gradient_that_is_not_finite_stops_all_ranks_too(
+    run_ranks: RankFunction, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    for stage in (0, 2, 3):
+        results = run_ranks("test_train:explode", 2, tree=tree | {"zero": {"stage": stage}}, in_backward=True)
+        (message, before, after), (other, *_) = results
+        assert "a gradient of step 1 is not finite; no weight was changed" in message
+        assert message == other
+        assert before == after
+        told = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+        assert (told["step"], told["what"], len(told["keys"])) == (1, "a gradient", 4)
+
+
+def explode(world: World, tree: dict[str, Any], in_backward: bool = False) -> list[Any]:
+    """One training step with weights of which rank 0's give NaN: in the loss, or in a gradient alone."""
     from pvtcap.errors import TrainError
     from pvtcap.ledger import Ledger
     from pvtcap.stream import train_batches
 
     config = parse(tree, "test")
     job = prepare(config, world, "auto")
+    if world.is_first and in_backward:
+        job.model.projection.net.bias.register_hook(lambda gradient: gradient * float("nan"))
     engine = Engine(job.model, config, job.plan, world)
-    if world.is_first:
+    if world.is_first and not in_backward:
         engine.model.projection.net.bias.data[0] = float("nan")
-    weight = engine.model.decoder.lm.bert.embeddings.word_embeddings.weight
-    before = float(weight.data.double().sum())
+    before = checksum(engine)
     batches = train_batches(job.train, job.view, job.plan, world, seed=0, first_step=0)
     ledger = Ledger(config.run.dir, job.train, world, start_step=0, max_bad_fraction=0.0)
     try:
         training.train_step(engine, batches, ledger, job.plan, world, step=1, scale=1.0)
     except TrainError as error:
-        return [str(error), before, float(weight.data.double().sum())]
+        return [str(error), before, checksum(engine)]
     return ["nothing was raised", before, before]
+
+
+def checksum(engine: Engine) -> float:
+    """Of all trainable weights, on all ranks; collective."""
+    state = engine.trainable_state() or {}
+    return engine.world.broadcast(sum(float(value.double().nansum()) for value in state.values()))
 
 
 def test_every_place_of_a_run_has_its_own_dropout() -> None:

@@ -1,0 +1,120 @@
+"""What is due after a training step: validation loss, a checkpoint, captions of it, scores that have come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from pvtcap import saving
+from pvtcap.dist import World
+from pvtcap.engine import Engine
+from pvtcap.job import Job
+from pvtcap.ledger import Ledger
+from pvtcap.monitor import Monitor
+from pvtcap.scoring import Scored
+from pvtcap.shardset import ShardSet
+from pvtcap.stream import View, whole_batches
+
+
+class Evaluation(Protocol):
+    """Captions and scores of checkpoints: captions by all ranks, scores beside the steps that follow."""
+
+    def start(self, checkpoint: Path, step: int) -> None:
+        """Caption with a checkpoint just written; collective."""
+
+    def lacks(self, step: int) -> bool:
+        """Has an evaluation at this step not come to its scores, in a run that was stopped? Collective."""
+
+    def finished(self, *, wait: bool = False) -> Iterator[Scored]:
+        """What has been scored since last asked, on rank 0; with ``wait``, all that is left."""
+
+
+class AfterStep:
+    """All of it is collective: every rank calls it, in the same order."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        job: Job,
+        ledger: Ledger,
+        world: World,
+        monitor: Monitor,
+        evaluation: Evaluation | None,
+    ) -> None:
+        self.engine, self.job, self.ledger, self.world = engine, job, ledger, world
+        self.monitor, self.evaluation, self.config = monitor, evaluation, engine.config
+        self._last_save = time.monotonic()
+
+    def begin(self) -> None:
+        """Before the first step: a new run is looked at; one that goes on may owe scores of where it was stopped."""
+        step = self.job.start_step
+        if self.job.resumed is None:
+            self.look(0)
+        elif self._scoring_is_due(step) and self.evaluation is not None and self.evaluation.lacks(step):
+            self.evaluation.start(self.job.resumed.path, step)
+
+    def save_is_late(self) -> bool:
+        """Has it been ``checkpoint.every_minutes`` since the last one?"""
+        every = self.config.checkpoint.every_minutes
+        return every is not None and time.monotonic() - self._last_save >= 60 * every
+
+    def look(self, step: int, *, save: bool = False, leave: bool = False) -> None:
+        """``save``: a checkpoint is due anyhow; ``leave``: nothing but that has time."""
+        job, last = self.job, step == self.job.total_steps
+        if job.val is not None and due(self.config.train.val_every_steps, step, last) and not leave:
+            started = time.perf_counter()
+            loss = val_loss(self.engine, job.val, job.view, self.world, job.plan.micro_batch)
+            self.monitor.val(step, loss, time.perf_counter() - started)
+        scoring = self._scoring_is_due(step)
+        if scoring or save or (step and (last or due(self.config.checkpoint.every_steps, step, last))):
+            folder = self._save(step)
+            if scoring and not leave and self.evaluation is not None:
+                self.evaluation.start(folder, step)
+        if not leave:
+            self.tell()
+
+    def tell(self, *, wait: bool = False) -> None:
+        """Hand on what has been scored meanwhile."""
+        for scored in self.evaluation.finished(wait=wait) if self.evaluation is not None else ():
+            self.monitor.scores(scored)
+            saving.prune(self.config)  # the best may be another now
+
+    def _scoring_is_due(self, step: int) -> bool:
+        how, last = self.config.evaluate, step == self.job.total_steps
+        due_now = due(how.every_steps, step, last) if step else how.at_start
+        return self.evaluation is not None and self.job.val is not None and due_now
+
+    def _save(self, step: int) -> Path:
+        started = time.perf_counter()
+        self.ledger.write(step)
+        folder = saving.save(
+            self.engine,
+            self.job.view.tokenizer,
+            self.config,
+            self.job.plan,
+            self.world,
+            step=step,
+            train_data=self.job.train.describe(),
+            encoder_sha256=self.job.encoder_sha256,
+            weight_files=self.job.weight_files,
+        )
+        self._last_save = time.monotonic()
+        self.monitor.saved(step, time.perf_counter() - started)
+        return folder
+
+
+def val_loss(engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int) -> float:
+    """Mean loss (nats a token) over the whole set, each sample exactly once, at any world size."""
+    loss_sum, num_labels = 0.0, 0
+    for batch in whole_batches(val, view, micro_batch, world, even=True):
+        loss_sum += engine.loss_sum(batch)
+        num_labels += batch.num_labels
+    loss_sum, num_labels_all = world.sum([loss_sum, num_labels])
+    return loss_sum / num_labels_all
+
+
+def due(every_steps: int | None, step: int, last: bool) -> bool:
+    """Is something with this cadence due after ``step``? A cadence that is set is also due at the start and the end."""
+    return every_steps is not None and (last or step % every_steps == 0)
