@@ -243,3 +243,7 @@ class Engine:
         self.deepspeed.load_checkpoint(folder, tag=tag, load_module_strict=False)
         for group, kept in zip(self.optimizer.param_groups, options, strict=True):
             group.update(kept)
+        for state in self.optimizer.state.values():
+            # Of the universal format ZeRO-3 gives all groups one tensor, to which each would add its step.
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
