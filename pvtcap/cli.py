@@ -167,6 +167,16 @@ def audit(
 modelcommands.add_to(app)  # caption, export, fetch-weights
 
 
+@app.command(context_settings=PASS_ON, hidden=True)
+def nodecheck(context: typer.Context) -> None:
+    """Print what this node sees of what a command needs, as JSON: launch/slurmnode.py compares the nodes."""
+    import json
+
+    from pvtcap import nodecheck as checking
+
+    typer.echo(json.dumps(checking.check(context.args)))
+
+
 @app.command()
 def copy(
     name: Annotated[str, typer.Argument(help="Such as configs/flickr30k.yaml or launch/local.sh.")],

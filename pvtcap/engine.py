@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, OptimConfig
+from pvtcap.deepspeedops import load_cpu_communication
 from pvtcap.dist import World
 from pvtcap.errors import ConfigError
 from pvtcap.stream import Batch
@@ -129,6 +130,8 @@ class Engine:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
+        if world.device.type == "cpu":
+            load_cpu_communication()
         groups = parameter_groups(model, config.optim)
         adamw = torch.optim.AdamW(
             groups,

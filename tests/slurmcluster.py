@@ -50,7 +50,7 @@ class SlurmCluster:
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": _WHERE,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), _WHERE]),  # jobs call pvtcap
             "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_the_deepspeed_dictionary_is_plain_and_says_what_the_configuration_says(
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["bf16"] == {"enabled": True}
     assert settings["zero_optimization"]["stage"] == 2
+
+
+def test_the_communication_op_is_compiled_with_our_own_ninja_whatever_the_path(
+    run_ranks: RankFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\ntouch $(dirname $0)/called; exit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert run_ranks("test_engine:load_op", 1) == [True]
+    assert not (tmp_path / "called").exists()
+
+
+def load_op(world: World) -> bool:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from pvtcap.deepspeedops import load_cpu_communication
+
+    before = os.environ["PATH"]
+    load_cpu_communication()
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    return "deepspeed_shm_comm" in OpBuilder._loaded_ops and os.environ["PATH"] == before
 
 
 def test_a_deepspeed_file_of_ones_own_is_merged_and_must_not_contradict(config: Config, tmp_path: Path) -> None:
