@@ -101,8 +101,9 @@ def _first(node: Node, facts: dict[str, Any]) -> dict[str, Any]:
             if hello["token"] != _token(node):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
-            connection.close()  # not one of ours: another program has our port for its own
+            connection.close()  # not one of ours
             continue
+        connection.sendall(json.dumps({"token": _token(node)}).encode() + b"\n")
         heard[hello["index"]], connections[hello["index"]] = hello["facts"], connection
     problem = _problem(node, heard)
     plan = {"address": _address(node), "port": _free_port()}
@@ -143,9 +144,12 @@ def _ask(node: Node, address: str, port: int, facts: dict[str, Any]) -> dict[str
     try:
         with socket.create_connection((address, port), timeout=3.0) as connection:
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            connection.settimeout(PATIENCE_S + 10)  # it answers when all have come
-            answer = json.loads(connection.makefile().readline())
-            return answer if answer["token"] == _token(node) else None
+            answers = connection.makefile()
+            if json.loads(answers.readline())["token"] != _token(node):
+                return None  # another program has the port, or another job
+            connection.settimeout(PATIENCE_S + 10)  # the second line comes when all have come
+            plan: dict[str, Any] = json.loads(answers.readline())
+            return plan
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

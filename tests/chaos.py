@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-STEPS_A_KILL, EVERY = 8, 4
+STEPS_A_KILL, EVERY = 24, 4
 SIGNALS = ("SIGKILL all", "SIGKILL rank", "SIGKILL torchrun", "SIGTERM", "SIGUSR1")
 MOMENTS = ("any", "save", "evaluation")
 
@@ -42,12 +42,12 @@ def configuration(data: Path, run: Path, steps: int) -> dict[str, Any]:
 
     tree = tiny_tree(data, run)
     tree["model"] |= {"dropout": 0.0}
-    tree["data"] |= {"workers": 1, "micro_batch": 2}
+    tree["data"] |= {"workers": 1, "micro_batch": 1}
     tree["train"] |= {"steps": steps, "val_every_steps": 12}
     # AdamW turns rounding into whole steps where a gradient is almost nothing: small steps.
     tree["optim"] = {"lr": 1e-4, "warmup_steps": 5}
     tree["checkpoint"] = {"every_steps": EVERY, "keep_last": 2}
-    tree["evaluate"] |= {"every_steps": 20, "min_length": 0}
+    tree["evaluate"] |= {"every_steps": 40, "min_length": 0}
     return tree
 
 
@@ -126,7 +126,7 @@ def torment(run: Path, file: Path, kills: int, sizes: list[int], seed: int, say:
             before, delay = last_step(run), draw.uniform(0, 1.5)
             while process.poll() is None and last_step(run) == before:
                 time.sleep(0.01)  # it starts
-            until = time.monotonic() + 8  # a moment that does not come is no reason to let it run to its end
+            until = time.monotonic() + 4  # a moment that does not come is no reason to let it run to its end
             while process.poll() is None and not moment_has_come(run, moment) and time.monotonic() < until:
                 time.sleep(0.001)
             time.sleep(delay if moment == "any" else delay / 30)
