@@ -3,7 +3,8 @@
 #
 #     NPROC=8 launch/local.sh train configs/flickr30k.yaml optim.lr=1e-4
 #
-# The words behind the script are pvtcap's own. Each process gets its share of the cores.
+# The words behind the script are pvtcap's own. Each process gets its share of the cores. With MAX_RESTARTS=3 the
+# processes are started again up to three times when one of them was killed; training goes on from its last checkpoint.
 set -euo pipefail
 
 here=$(dirname "$0")
@@ -20,4 +21,5 @@ if [ "$NPROC" -eq 1 ]; then
     exec "$python" -m pvtcap "$@"
 fi
 # --standalone finds a free port, so two runs on one machine never meet.
-exec "$python" "$here/torchrun.py" --standalone --nproc-per-node "$NPROC" -m pvtcap "$@"
+exec "$python" "$here/torchrun.py" --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" \
+    -m pvtcap "$@"

@@ -133,6 +133,50 @@ def test_a_time_limit_of_ones_own_leaves_too_without_torchrun(
     assert "stopped at step 1 of 30 by train.stop_after_minutes: checkpoint complete" in out
 
 
+def test_a_rank_that_was_killed_is_started_again_from_the_last_checkpoint(
+    start: Callable[..., subprocess.Popen[str]], unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_RESTARTS", "1")
+    run = tmp_path / "run"
+    process = start(run, 2, "checkpoint.every_steps=4")
+    wait_for_step(run, process, 6)
+    ranks_of(process)[1].kill()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-4000:]
+    assert "going on from step 4" in out or "going on from step 8" in out
+    end = f"checkpoints/step_{STEPS:08d}/trainable.safetensors"
+    assert (run / end).read_bytes() == (unbroken / end).read_bytes()
+
+
+def test_a_rank_that_does_not_move_is_named_and_the_run_ends(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(run, 2, "train.stall_minutes=0.1", "train.steps=2000")
+    wait_for_step(run, process, 3)
+    ranks_of(process)[1].suspend()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err[-4000:]
+    (line,) = (line for line in err.splitlines() if line.startswith("pvtcap: error"))
+    assert "rank 1 does not answer (stopped, or its machine is away)" in line
+    assert "all_reduce" in json.loads((run / "stall" / "rank_0.json").read_text())["stack"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = start(run, 1, "train.steps=2000")
+    wait_for_step(run, first, 1)
+    second = start(run, 1, "train.steps=2000")
+    _, err = second.communicate(timeout=90)
+    first.send_signal(signal.SIGTERM)
+    assert second.returncode == 2
+    assert f"{run}: another run is at work in this run folder" in err
+    first.communicate(timeout=60)
+    assert first.returncode == RESUME_ME
+
+
 def test_a_notice_is_given_once_and_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with Notice() as notice:
