@@ -28,6 +28,8 @@ def run() -> int:
     # Ranks begin with SIGUSR1 held back, so that one which has just started is not killed by it but told as soon as it
     # listens. This process takes it in between.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    # Ranks that are started again would meet in the store of the first, and find the addresses of the dead.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
