@@ -167,6 +167,28 @@ def audit(
 modelcommands.add_to(app)  # caption, export, fetch-weights
 
 
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="The YAML file to train with, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes a node.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for scripts.")] = False,
+) -> None:
+    """Say what a run will be: batches, steps, memory by ZeRO stage, checkpoints, and the line to submit it."""
+    from rich.console import Console
+
+    from pvtcap import plan as planning
+    from pvtcap.configfile import load
+
+    loaded = load(config, overrides or [])
+    found = planning.plan(loaded, " ".join([config, *(overrides or [])]), nodes, gpus_per_node)
+    if as_json:
+        Console().print_json(data=found.to_json())
+    else:
+        planning.print_plan(found, loaded, Console(highlight=False, markup=False, soft_wrap=True))
+
+
 @app.command(context_settings=PASS_ON, hidden=True)
 def nodecheck(context: typer.Context) -> None:
     """Print what this node sees of what a command needs, as JSON: launch/slurmnode.py compares the nodes."""

@@ -104,7 +104,7 @@ class SlurmCluster:
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
-    def job(self, job: int) -> dict[str, str]:
+    def job(self, job: int | str) -> dict[str, str]:
         """What scontrol says of a job."""
         done = self.run("scontrol", "--oneliner", "show", "job", str(job))
         return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
@@ -112,17 +112,20 @@ class SlurmCluster:
     def state(self, job: int) -> str:
         return self.job(job).get("JobState", "GONE")
 
-    def wait(self, job: int, *states: str, timeout: float) -> str:
-        """The state, once it is one of these; AssertionError, with the job's log, when that takes too long."""
+    def wait(self, job: int, *states: str, timeout: float, hurry: str | None = None) -> str:
+        """The state, once it is one of these; AssertionError, with the job's log, when that takes too long.
+
+        ``hurry`` is another job that this one waits for.
+        """
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
-            self.hurry(job)
+            self.hurry(hurry or job)
             final = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "GONE")
             assert not final and time.monotonic() < deadline, f"job {job} is {state}\n{self.log(job)[-6000:]}"
             time.sleep(0.2)
         return state
 
-    def hurry(self, job: int) -> None:
+    def hurry(self, job: int | str) -> None:
         """Slurm lets a job that is queued again wait for two minutes: not here."""
         if self.job(job).get("Reason") == "BeginTime":
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now")

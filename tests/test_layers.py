@@ -56,6 +56,7 @@ LEVELS = [
     {"checkpoint"},
     {"modelcard", "api", "combinedmodel", "saving", "resuming", "elastic"},
     {"job"},
+    {"plan"},
     {"afterstep"},
     {"train", "evaluate", "caption", "features", "shardcommands", "export", "weightfetch"},
     {"evaluationcommands", "modelcommands"},

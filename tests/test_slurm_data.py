@@ -53,7 +53,7 @@ def test_an_array_builds_parts_of_which_one_is_killed_and_joined_they_are_a_sing
         while cluster.state(array) != "RUNNING":
             time.sleep(0.05)
         assert cluster.run("scontrol", "requeue", f"{array}_1").returncode == 0
-        cluster.wait(join, "COMPLETED", timeout=200)
+        cluster.wait(join, "COMPLETED", timeout=200, hurry=f"{array}_1")
     assert samples(ShardSet.open(joined)) == samples(single)
     logs = sorted(path.name for path in tmp_path.glob("pvtcap-shards-*.log"))
     assert logs[:3] == [f"pvtcap-shards-{array}-{part}.log" for part in (1, 2, 3)]
