@@ -189,6 +189,25 @@ def plan(
         planning.print_plan(found, loaded, Console(highlight=False, markup=False, soft_wrap=True))
 
 
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where runs are written: its disk is looked at.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for scripts.")] = False,
+) -> None:
+    """Say what this machine has and lacks, and what to do; exit code 1 if training cannot start here."""
+    from rich.console import Console
+
+    from pvtcap import doctor as examining
+
+    findings = examining.examine(folder)
+    if as_json:
+        Console().print_json(data=examining.report(findings))
+    else:
+        examining.print_findings(findings, Console(highlight=False, soft_wrap=True))
+    if any(one.level == "bad" for one in findings):
+        raise typer.Exit(1)
+
+
 @app.command(context_settings=PASS_ON, hidden=True)
 def nodecheck(context: typer.Context) -> None:
     """Print what this node sees of what a command needs, as JSON: launch/slurmnode.py compares the nodes."""

@@ -45,7 +45,7 @@ LEVELS = [
     },
     {"runfolder"},
     {"photosource", "configfile", "comparison", "chart", "shardinfo", "urltable", "weightreport", "zerostate"},
-    {"nodecheck"},
+    {"nodecheck", "doctor"},
     {"scoring", "text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},
     {"shardtar", "tarsamples", "download", "sources", "loader"},
     {"shardfolder", "buildreport"},

@@ -195,6 +195,16 @@ def test_a_rank_and_then_a_whole_node_die_and_it_comes_back_without_a_person(
     ended_like(run, local)
 
 
+def test_every_node_is_examined(cluster: SlurmCluster, tmp_path: Path) -> None:
+    words = ("srun", "--nodes", "2", "--ntasks-per-node", "1", str(ROOT / "launch" / "node.sh"), "doctor")
+    done = cluster.run(*words, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for node in ("n1", "n2"):
+        assert f"{node}     ok  pvtcap: " in done.stdout
+        assert f"{node}  warn   GPU: none that torch can use" in done.stdout
+        assert f"{node}     ok  Slurm: low* 2, high 2" in done.stdout
+
+
 def may_mount() -> bool:
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
 
