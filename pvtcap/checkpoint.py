@@ -79,6 +79,7 @@ class Checkpoint:
         """Open a checkpoint, or a run folder's latest; CheckpointError when there is none, or files are missing."""
         if not path.is_dir():
             raise CheckpointError("no such checkpoint folder", where=path)
+        path = path.resolve() if path.is_symlink() else path  # checkpoints/best: which step is that?
         if not (path / MANIFEST).is_file():
             newest = latest(path / "checkpoints") or latest(path)
             if newest is None:

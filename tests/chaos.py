@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-STEPS_A_KILL, EVERY = 24, 4
+STEPS_A_KILL, EVERY = 14, 4
 SIGNALS = ("SIGKILL all", "SIGKILL rank", "SIGKILL torchrun", "SIGTERM", "SIGUSR1")
 MOMENTS = ("any", "save", "evaluation")
 
@@ -82,7 +82,9 @@ def strike(process: subprocess.Popen[str], how: str, draw: random.Random) -> Non
     members = tree_of(process)
     if not members:
         return
-    ranks = [one for one in members[1:] if one.is_running() and "LOCAL_RANK" in _environ(one)][:4]
+    # What a rank starts has its environment, too: only torchrun's own children are ranks.
+    environments = ((one, _environ(one)) for one in members[1:])
+    ranks = [one for one, environment in environments if "LOCAL_RANK" in environment and _parent(one) == process.pid]
     if how == "SIGKILL all":
         victims, number = members, signal.SIGKILL
     elif how == "SIGKILL rank":
@@ -98,6 +100,12 @@ def _environ(process: psutil.Process) -> dict[str, str]:
     with contextlib.suppress(psutil.Error):
         return process.environ()
     return {}
+
+
+def _parent(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return process.ppid()
+    return 0
 
 
 def moment_has_come(run: Path, moment: str) -> bool:

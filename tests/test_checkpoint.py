@@ -87,7 +87,8 @@ def test_pruning_keeps_the_best_by_its_captions_and_links_it(config: Config) -> 
         write(config, step)
     prune(config)
     assert [path.name[-1] for path in complete(run / "checkpoints")] == ["2", "5", "6"]
-    assert Checkpoint.open(run / "checkpoints" / "best").manifest.step == 2
+    best = Checkpoint.open(run / "checkpoints" / "best")
+    assert (best.manifest.step, best.path.name) == (2, "step_00000002")
     scored(run, 6, 1.2)  # a better one came
     prune(config)
     assert [path.name[-1] for path in complete(run / "checkpoints")] == ["5", "6"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_what_a_run_writes_about_its_own_captions(trained: Path, shapes: Path) -
     assert all(len(line["references"]) == 5 and "CIDEr" in line["scores"] for line in lines)
     before = read_report(trained / "eval" / "step_00000000")
     assert before["scores"]["Bleu_1"] < report["scores"]["Bleu_1"]
+
+
+def test_scores_that_a_stopped_run_owes_are_made_when_it_goes_on(trained: Path, shapes: Path, tmp_path: Path) -> None:
+    """Stopped between its last checkpoint and the scores of it."""
+    from conftest import tiny_tree
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    owed = run / "eval" / "step_00000006"
+    before = (owed / "scores.json").read_bytes()
+    shutil.rmtree(owed)
+    tree = tiny_tree(shapes, run)
+    tree["evaluate"] |= {"every_steps": 6, "at_start": True, "min_length": 0}
+    tree["optim"]["lr"] = 1e-2
+    done = torchrun(2, str(ROOT / "tests/ranks.py"), "test_evaluate:train_and_score", json.dumps({"tree": tree}),
+                    str(tmp_path / "out.json"))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert (owed / "scores.json").read_bytes() == before
 
 
 def test_blanked_photos_all_get_one_caption(trained: Path, shapes: Path, tmp_path: Path) -> None:

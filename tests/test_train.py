@@ -121,6 +121,13 @@ def errors(world: World, tree: dict[str, Any]) -> dict[str, str]:
     return told
 
 
+def test_checkpoints_by_the_clock(run_ranks: RankFunction, tree: dict[str, Any], tmp_path: Path) -> None:
+    tree |= {"checkpoint": {"every_minutes": 1e-6, "keep_last": 9}}
+    run_ranks("test_train:run_once", 2, tree=tree)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"step_{step:08d}" for step in range(1, 7)]
+
+
 def test_going_on_as_another_run_is_refused_with_what_changed(run_ranks: RankFunction, tree: dict[str, Any]) -> None:
     (told,) = run_ranks("test_train:errors", 1, tree=tree | {"train": {**tree["train"], "steps": 1}})
     assert "got decoder_width=64; wanted decoder_width=32" in told["model"]
