@@ -122,6 +122,8 @@ def prune(config: Config) -> None:
         link = folder / f"{BEST}{_PARTIAL}"
         link.unlink(missing_ok=True)
         link.symlink_to(ranked[-1].name)
+        if (folder / BEST).is_dir() and not (folder / BEST).is_symlink():
+            shutil.rmtree(folder / BEST)  # a run folder that was copied, links and all
         link.replace(folder / BEST)
 
 
