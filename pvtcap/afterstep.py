@@ -24,8 +24,8 @@ class Evaluation(Protocol):
     def start(self, checkpoint: Path, step: int) -> None:
         """Caption with a checkpoint just written; collective."""
 
-    def lacks(self, step: int) -> bool:
-        """Has an evaluation at this step not come to its scores, in a run that was stopped? Collective."""
+    def owed(self) -> list[tuple[Path, int]]:
+        """Checkpoints, and their steps, whose evaluation a stopped run began and did not bring to its scores."""
 
     def finished(self, *, wait: bool = False) -> Iterator[Scored]:
         """What has been scored since last asked, on rank 0; with ``wait``, all that is left."""
@@ -49,11 +49,19 @@ class AfterStep:
 
     def begin(self) -> None:
         """Before the first step: a new run is looked at; one that goes on may owe scores of where it was stopped."""
-        step = self.job.start_step
-        if self.job.resumed is None:
+        job, step = self.job, self.job.start_step
+        if job.resumed is None:
             self.look(0)
-        elif self._scoring_is_due(step) and self.evaluation is not None and self.evaluation.lacks(step):
-            self.evaluation.start(self.job.resumed.path, step)
+            return
+        every, last = self.config.train.val_every_steps, step == job.total_steps
+        if due(every, step, last) and self.world.on_first_rank(lambda: not self.monitor.has("val", step)):
+            self._validate(step)
+        if self.evaluation is not None:
+            owed = dict(self.evaluation.owed())
+            if self._scoring_is_due(step) and self.world.on_first_rank(lambda: not self.monitor.has("evaluate", step)):
+                owed[job.resumed.path] = step
+            for folder, of_step in owed.items():
+                self.evaluation.start(folder, of_step)
 
     def save_is_late(self) -> bool:
         """Has it been ``checkpoint.every_minutes`` since the last one?"""
@@ -62,11 +70,9 @@ class AfterStep:
 
     def look(self, step: int, *, save: bool = False, leave: bool = False) -> None:
         """``save``: a checkpoint is due anyhow; ``leave``: nothing but that has time."""
-        job, last = self.job, step == self.job.total_steps
-        if job.val is not None and due(self.config.train.val_every_steps, step, last) and not leave:
-            started = time.perf_counter()
-            loss = val_loss(self.engine, job.val, job.view, self.world, job.plan.micro_batch)
-            self.monitor.val(step, loss, time.perf_counter() - started)
+        last = step == self.job.total_steps
+        if due(self.config.train.val_every_steps, step, last) and not leave:
+            self._validate(step)
         scoring = self._scoring_is_due(step)
         if scoring or save or (step and (last or due(self.config.checkpoint.every_steps, step, last))):
             folder = self._save(step)
@@ -80,6 +86,12 @@ class AfterStep:
         for scored in self.evaluation.finished(wait=wait) if self.evaluation is not None else ():
             self.monitor.scores(scored)
             saving.prune(self.config)  # the best may be another now
+
+    def _validate(self, step: int) -> None:
+        if self.job.val is not None:
+            started = time.perf_counter()
+            loss = val_loss(self.engine, self.job.val, self.job.view, self.world, self.job.plan.micro_batch)
+            self.monitor.val(step, loss, time.perf_counter() - started)
 
     def _scoring_is_due(self, step: int) -> bool:
         how, last = self.config.evaluate, step == self.job.total_steps

@@ -25,7 +25,7 @@ from typing import Any, Self
 import torch
 
 from pvtcap import frozenencoder, scoring
-from pvtcap.checkpoint import Checkpoint, step_folder
+from pvtcap.checkpoint import Checkpoint, complete
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError, ShardError
@@ -140,10 +140,19 @@ class BackgroundEvaluation:
         if self.world.is_first:
             self.scoring.start(step, out)
 
-    def lacks(self, step: int) -> bool:
-        """Did a run that was stopped leave the evaluation at this step without its scores? Collective."""
-        out = step_folder(self.config.run.dir, step).name
-        return self.world.on_first_rank(lambda: not (self.config.run.dir / "eval" / out / SCORES).exists())
+    def owed(self) -> list[tuple[Path, int]]:
+        """Checkpoints, and their steps, whose evaluation a stopped run began and did not bring to its scores.
+
+        Of more than two the newest, oldest first: so many wait at a time. Collective.
+        """
+
+        def find() -> list[tuple[Path, int]]:
+            folders = complete(self.config.run.dir / "checkpoints")
+            begun = [(folder, self.config.run.dir / "eval" / folder.name) for folder in folders]
+            waiting = [folder for folder, out in begun if out.is_dir() and not (out / SCORES).exists()]
+            return [(folder, int(folder.name.removeprefix("step_"))) for folder in waiting[-2:]]
+
+        return self.world.on_first_rank(find)
 
     def finished(self, *, wait: bool = False) -> Iterator[scoring.Scored]:
         """What has been scored since last asked, each with the step it belongs to; with ``wait``, all that is left."""

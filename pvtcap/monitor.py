@@ -62,7 +62,7 @@ class Monitor:
         (self.run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         write_json(self.run / "deepspeed.json", dict(deepspeed))
         write_json(self.run / "environment.json", environment(world))
-        self._log = _open_log(self.run / "log.jsonl", start_step)
+        self._log, self._kept = _open_log(self.run / "log.jsonl", start_step)
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
@@ -75,6 +75,10 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
             self._log.close()
+
+    def has(self, kind: str, step: int) -> bool:
+        """Did the log of an earlier start already have a line of this kind for this step? Rank 0 knows."""
+        return (kind, step) in self._kept
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -191,7 +195,7 @@ def _perplexity(loss: float) -> float:
     return float(np.exp(min(loss, 80.0)))  # beyond that it overflows, and says nothing
 
 
-def _open_log(path: Path, start_step: int) -> Any:
+def _open_log(path: Path, start_step: int) -> tuple[Any, set[tuple[str, int]]]:
     # What stands behind the last newline was being written when the run was killed.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= start_step]
@@ -199,7 +203,8 @@ def _open_log(path: Path, start_step: int) -> Any:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     partial.replace(path)
-    return path.open("a", encoding="utf-8")
+    parsed = map(json.loads, kept)
+    return path.open("a", encoding="utf-8"), {(line["kind"], line["step"]) for line in parsed}
 
 
 def _shortened(keys: Sequence[str]) -> str:
