@@ -83,6 +83,10 @@ def test_scores_that_a_stopped_run_owes_are_made_when_it_goes_on(trained: Path, 
     owed = run / "eval" / "step_00000006"
     before = (owed / "scores.json").read_bytes()
     shutil.rmtree(owed)
+    lines = (run / "log.jsonl").read_text().splitlines()
+    kept = [line for line in lines if (json.loads(line)["kind"], json.loads(line)["step"]) != ("evaluate", 6)]
+    assert len(kept) == len(lines) - 1
+    (run / "log.jsonl").write_text("".join(line + "\n" for line in kept))
     tree = tiny_tree(shapes, run)
     tree["evaluate"] |= {"every_steps": 6, "at_start": True, "min_length": 0}
     tree["optim"]["lr"] = 1e-2
@@ -90,6 +94,7 @@ def test_scores_that_a_stopped_run_owes_are_made_when_it_goes_on(trained: Path, 
                     str(tmp_path / "out.json"))  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     assert (owed / "scores.json").read_bytes() == before
+    assert (run / "log.jsonl").read_text().count('"kind": "evaluate"') == 2
 
 
 def test_blanked_photos_all_get_one_caption(trained: Path, shapes: Path, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_a_resumed_run_repeats_the_unbroken_one_to_the_last_digit(
         whole, resumed = (tmp_path / "run" / f"{name}-{stage}" for name in ("whole", "resumed"))
         assert list(losses(whole)) == [1, 2, 3, 4, 5, 6]
         assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 3}
-        assert val_losses(resumed) == {step: loss for step, loss in val_losses(whole).items() if step > 3}
+        # The one of step 3 is not in its log: as if it had been stopped before it was made.
+        assert val_losses(resumed) == {step: loss for step, loss in val_losses(whole).items() if step >= 3}
         end = "checkpoints/step_00000006/trainable.safetensors"
         assert (resumed / end).read_bytes() == (whole / end).read_bytes()
         left = sorted(path.name for path in (resumed / "checkpoints").iterdir())
