@@ -26,8 +26,9 @@ MARK = "PVTCAP_RESUME_MARK"
 
 def run() -> int:
     # Ranks begin with SIGUSR1 held back, so that one which has just started is not killed by it but told as soon as it
-    # listens. This process takes it in between.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    # listens. This process takes both in a thread of its own, and must block them before a library starts threads:
+    # one that does not would take them, and torchrun's own handler would end the ranks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     # Ranks that are started again would meet in the store of the first, and find the addresses of the dead.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,9 +47,7 @@ def run() -> int:
 
 
 def _pass_signals_on() -> None:
-    """SIGUSR1 and SIGTERM go to the ranks; the agent waits for what they do about it."""
-    # torchrun would install its own handler of SIGTERM over ours.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    """SIGUSR1 and SIGTERM go to the ranks; the agent waits for what they do about it. Only a training saves first."""
     import threading
 
     import psutil
@@ -57,13 +56,13 @@ def _pass_signals_on() -> None:
 
     def listen() -> None:
         while True:
-            signal.sigwait({signal.SIGUSR1, signal.SIGTERM})
+            asked = signal.sigwait({signal.SIGUSR1, signal.SIGTERM})
+            passed_on = signal.SIGUSR1 if "train" in sys.argv else asked
             for child in me.children():
                 with contextlib.suppress(psutil.Error):
                     if "LOCAL_RANK" in child.environ():
-                        child.send_signal(signal.SIGUSR1)
+                        child.send_signal(passed_on)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=listen, daemon=True).start()
 
 

@@ -18,6 +18,7 @@ import yaml
 from conftest import ROOT, tiny_tree
 
 from pvtcap import audit
+from pvtcap.dist import World
 from pvtcap.preemption import RESUME_ME, Notice
 
 STEPS = 30
@@ -175,6 +176,28 @@ def test_a_second_run_in_the_same_folder_is_refused(
     assert f"{run}: another run is at work in this run folder" in err
     first.communicate(timeout=60)
     assert first.returncode == RESUME_ME
+
+
+def wait_long(world: World, started: str) -> None:
+    Path(started).touch()
+    time.sleep(100)
+
+
+def test_what_does_not_train_is_ended_by_sigterm_to_torchrun(tmp_path: Path) -> None:
+    program = [str(ROOT / "tests" / "ranks.py"), "test_preemption:wait_long"]
+    words = [*program, json.dumps({"started": str(tmp_path / "started")}), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node", "2", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": ""}, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "was killed by SIGTERM" in err
 
 
 def test_a_notice_is_given_once_and_handlers_are_put_back() -> None:

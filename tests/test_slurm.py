@@ -144,8 +144,8 @@ def test_preempted_by_a_job_of_a_higher_partition_it_goes_on_when_that_has_gone(
 def test_before_its_time_limit_it_saves_and_is_queued_again(
     cluster: SlurmCluster, shapes: Path, local: Path, tmp_path: Path
 ) -> None:
-    """Captions at every step make it last; they change no weight."""
-    slow = {"evaluate": {"every_steps": 1, "num_beams": 3}, "train": {"steps": STEPS, "val_every_steps": 1}}
+    """Captions of many photos at every step make it last longer than its minute; they change no weight."""
+    slow = {"evaluate": {"every_steps": 1, "num_beams": 3}, "data": {"val": str(shapes / "train")}}
     file, run = configured(tmp_path, shapes, **slow), tmp_path / "run"
     job = cluster.sbatch("--nodes", "2", "--time", "1", "--signal", "USR1@38", TRAIN, str(file), cwd=tmp_path)
     cluster.wait(job, "COMPLETED", timeout=400)
