@@ -1,5 +1,6 @@
 # make demo    set up .venv and run the main job on drawn shapes: shards, training, evaluation, captions
 # make test    set up .venv and run the whole test suite
+# make test-long   the same and what takes minutes more: all ranks × stages, a Slurm job's time limit, compilation
 # make check   lint, formatting, types, and the rule of which module may import which
 # make fix     apply what the linter and the formatter can mend
 # make clean   remove what demo made; the .venv stays
@@ -10,7 +11,7 @@ export PYTHON := .venv/bin/python
 # Nothing is fetched from a model hub: what demo and the tests need, they make.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check fix clean
+.PHONY: setup demo test test-long check fix clean
 
 setup: .venv/installed
 
@@ -26,6 +27,9 @@ demo: setup
 
 test: setup
 	$(PYTHON) -m pytest
+
+test-long: setup
+	PVTCAP_LONG=1 $(PYTHON) -m pytest
 
 check: setup
 	$(PYTHON) -m ruff check .

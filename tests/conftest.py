@@ -28,6 +28,14 @@ def build_shapes(out: Path, split: str, num_samples: int, samples_per_shard: int
     return out
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What would make the suite too long for every commit waits for ``make test-long``."""
+    if not os.environ.get("PVTCAP_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: make test-long runs it"))
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two ShardSets: train (48 photos, uneven shards of 20, 20 and 8) and val (11 photos, one shard)."""

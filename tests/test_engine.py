@@ -66,7 +66,7 @@ def plain(tree: dict[str, Any]) -> dict[str, Any]:
     return merged(tree, {"model": {"dropout": 0.0}, "optim": {"lr": 1e-4}})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)])
 def test_every_stage_precision_and_accumulation_gives_the_losses_of_one_worker(
     run_ranks: RankFunction, plain: dict[str, Any], ranks: int
 ) -> None:
@@ -92,7 +92,7 @@ def test_every_stage_precision_and_accumulation_gives_the_losses_of_one_worker(
                 assert total == pytest.approx(alone["weights"][name], rel=1e-4, abs=1e-3), (case, name)
 
 
-def test_offload_checkpointing_and_compilation_change_no_losses(run_ranks: RankFunction, plain: dict[str, Any]) -> None:
+def test_offload_and_checkpointing_change_no_losses(run_ranks: RankFunction, plain: dict[str, Any]) -> None:
     variants: list[dict[str, Any]] = [
         {},
         {"zero": {"stage": 1, "offload": "optimizer"}},
@@ -102,9 +102,6 @@ def test_offload_checkpointing_and_compilation_change_no_losses(run_ranks: RankF
         {"train": {"activation_checkpointing": True}, "zero": {"stage": 3}},
     ]
     usual, *others = run_ranks("test_engine:stages", 2, tree=plain, variants=variants)[0]
-    # Compiling takes half a minute: once.
-    variants.append({"train": {"compile": True}})
-    others += run_ranks("test_engine:stages", 1, tree=plain, variants=variants[-1:])[0]
     for variant, result in zip(variants[1:], others, strict=True):
         assert result["losses"] == pytest.approx(usual["losses"], rel=1e-5), variant
         assert result["val_loss"] == pytest.approx(usual["val_loss"], rel=1e-5), variant
@@ -141,6 +138,14 @@ def test_the_deepspeed_dictionary_is_plain_and_says_what_the_configuration_says(
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["bf16"] == {"enabled": True}
     assert settings["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.long
+def test_compilation_changes_no_losses(run_ranks: RankFunction, plain: dict[str, Any]) -> None:
+    variants: list[dict[str, Any]] = [{}, {"train": {"compile": True}}]
+    ((usual, compiled),) = run_ranks("test_engine:stages", 1, tree=plain, variants=variants)
+    assert compiled["losses"] == pytest.approx(usual["losses"], rel=1e-5)
+    assert compiled["val_loss"] == pytest.approx(usual["val_loss"], rel=1e-5)
 
 
 def test_the_communication_op_is_compiled_with_our_own_ninja_whatever_the_path(

@@ -88,7 +88,7 @@ def to_everybody_twice(process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("ask", [to_the_agent, to_one_rank, to_everybody_twice], ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("ask", [to_the_agent, pytest.param(to_one_rank, marks=pytest.mark.long), to_everybody_twice])
 def test_asked_to_leave_it_saves_leaves_and_goes_on_as_if_nothing_had_been(
     ask: Callable[[subprocess.Popen[str]], None],
     start: Callable[..., subprocess.Popen[str]],

@@ -141,6 +141,7 @@ def test_preempted_by_a_job_of_a_higher_partition_it_goes_on_when_that_has_gone(
     ended_like(run, local)
 
 
+@pytest.mark.long
 def test_before_its_time_limit_it_saves_and_is_queued_again(
     cluster: SlurmCluster, shapes: Path, local: Path, tmp_path: Path
 ) -> None:
