@@ -27,7 +27,9 @@ def main(words: list[str]) -> int:
     try:
         node = Node.here()
         if words[:1] == ["shards"]:
-            return subprocess.run(_pvtcap(*_part(words)), check=False).returncode
+            command = _pvtcap(*_part(words))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
+            os.execv(command[0], command)
         if words[:1] == ["doctor"]:
             return _doctor(node, words)
         facts = _facts(words)
@@ -92,7 +94,13 @@ def _queue_again(node: Node, words: list[str], code: int) -> int:
     record = Path(run) / "restarts.jsonl"
     with record.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"job": node.job, "start": node.restart + 1, "code": code, "step": step}) + "\n")
-    last = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()][-_STARTS:]
+    starts = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    last = [one for one in starts if one["job"] == node.job][
+        -_STARTS:
+    ]  # a mended run that is submitted anew begins anew
+    if not _may_come_back(node.job):
+        print(f"pvtcap: {why} at step {step}; what Slurm does with the job is decided", flush=True)
+        return code
     if len(last) == _STARTS and all(one["step"] == step for one in last):
         print(
             f"pvtcap: error: {why} at step {step}, as {_STARTS} times in a row: not queued again. The reason is above; "
@@ -103,14 +111,15 @@ def _queue_again(node: Node, words: list[str], code: int) -> int:
         return code
     print(f"pvtcap: {why}, last checkpoint at step {step}: job {node.job} is queued again", flush=True)
     done = subprocess.run(["scontrol", "requeue", str(node.job)], capture_output=True, text=True, check=False)
-    if done.returncode != 0 and not _is_queued(node.job):
+    if done.returncode != 0:
         print(f"pvtcap: scontrol requeue: {done.stderr.strip()}", file=sys.stderr, flush=True)
     return code
 
 
-def _is_queued(job: int) -> bool:
-    """Slurm queues a job again by itself when it preempts it or loses a node."""
-    return "JobState=RUNNING" not in slurm("scontrol", "show", "job", str(job))
+def _may_come_back(job: int) -> bool:
+    """Not after scancel, which would be undone; nor where Slurm has preempted it and queues it again by itself."""
+    about = slurm("scontrol", "show", "job", str(job)).split()
+    return "JobState=RUNNING" in about or "Reason=TimeLimit" in about
 
 
 def _part(words: list[str]) -> list[str]:
@@ -125,7 +134,8 @@ def _part(words: list[str]) -> list[str]:
 
 
 def _cores() -> int:
-    return int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
+    given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    return int(given or len(os.sched_getaffinity(0)))
 
 
 def _set_threads(node: Node) -> None:

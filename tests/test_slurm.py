@@ -196,6 +196,18 @@ def test_a_rank_and_then_a_whole_node_die_and_it_comes_back_without_a_person(
     ended_like(run, local)
 
 
+def test_a_job_that_is_cancelled_does_not_come_back(cluster: SlurmCluster, shapes: Path, tmp_path: Path) -> None:
+    file, run = configured(tmp_path, shapes, steps=2000), tmp_path / "run"
+    job = cluster.sbatch("--nodes", "2", TRAIN, str(file), cwd=tmp_path)
+    wait_for_step(cluster, job, run, 3)
+    cluster.run("scancel", str(job))
+    cluster.wait(job, "CANCELLED", timeout=60)
+    time.sleep(3)
+    assert cluster.state(job) == "CANCELLED"
+    assert "checkpoint complete" in cluster.log(job)
+    assert cluster.job(job)["Restarts"] == "0"
+
+
 def test_every_node_is_examined(cluster: SlurmCluster, tmp_path: Path) -> None:
     words = ("srun", "--nodes", "2", "--ntasks-per-node", "1", str(ROOT / "launch" / "node.sh"), "doctor")
     done = cluster.run(*words, cwd=tmp_path, timeout=120)
