@@ -68,7 +68,7 @@ def test_other_ranks_are_silent(config: Config, tmp_path: Path, capsys: pytest.C
     with Monitor(config, {}, replace(WORLD, rank=1, size=2), 0, 6) as monitor:
         monitor.say("hello")
         monitor.step(6, ONE)
-        monitor.val(6, 1.0)
+        monitor.val(6, 1.0, 0.5)
         monitor.scores(Scored(6, tmp_path / "none", {"scores": {"Bleu_4": 0.5}}))
         monitor.scores(Scored(6, tmp_path, None, "a reason"))
     assert capsys.readouterr().out == ""
