@@ -17,7 +17,7 @@ fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 
-if [ "$NPROC" -eq 1 ]; then
+if [ "$NPROC" -eq 1 ] && [ -z "${MAX_RESTARTS:-}" ]; then
     exec "$python" -m pvtcap "$@"
 fi
 # --standalone finds a free port, so two runs on one machine never meet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -51,12 +52,10 @@ class Node:
         )
 
 
-def lead(
-    node: Node, facts: dict[str, Any], *, heard: dict[int, dict[str, Any]] | None = None, say: bool = True
-) -> dict[str, Any]:
-    """The first node: hear all, compare, tell all. ``heard`` is filled with what each has said."""
+def lead(node: Node, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The first node: hear all, compare, tell all. Where the ranks are to meet, and what each node has said."""
     server = _listen(node)
-    heard, connections = {0: facts} if heard is None else heard, dict[int, socket.socket]()
+    heard, connections = {0: facts}, dict[int, socket.socket]()
     server.settimeout(1.0)
     deadline = time.monotonic() + PATIENCE_S
     while len(heard) < len(node.names) and time.monotonic() < deadline:
@@ -69,27 +68,21 @@ def lead(
             hello = json.loads(connection.makefile().readline())
             if hello["token"] != _token(node):
                 raise ValueError
+            _send(connection, {"token": _token(node)})
         except (OSError, ValueError, KeyError, TypeError):
-            connection.close()  # not one of ours
+            connection.close()  # not one of ours, or it has gone again
             continue
-        connection.sendall(json.dumps({"token": _token(node)}).encode() + b"\n")
         heard[hello["index"]], connections[hello["index"]] = hello["facts"], connection
     problem = _problem(node, heard)
     plan = {"address": _address(node), "port": _free_port()}
     for connection in connections.values():
-        connection.sendall(json.dumps({"token": _token(node), "problem": problem, **plan}).encode() + b"\n")
+        with contextlib.suppress(OSError):  # that node has died since: its ranks will be missed, and Slurm knows
+            _send(connection, {"problem": problem, **plan})
         connection.close()
     server.close()
     if problem:
         raise NodeError(problem)
-    first = 0
-    for index, name in enumerate(node.names if say else []):
-        last = first + heard[index]["processes"] - 1
-        print(f"{name}: ranks {first}-{last}, {heard[index]['threads']} threads each, pvtcap {heard[index]['version']}")
-        first = last + 1
-    if say:
-        print(f"job {node.job}, start {node.restart + 1}, meeting at {plan['address']}:{plan['port']}", flush=True)
-    return plan
+    return plan, heard
 
 
 def follow(node: Node, facts: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +106,7 @@ def _ask(node: Node, address: str, port: int, facts: dict[str, Any]) -> dict[str
     hello = {"token": _token(node), "index": node.index, "facts": facts}
     try:
         with socket.create_connection((address, port), timeout=3.0) as connection:
-            connection.sendall(json.dumps(hello).encode() + b"\n")
+            _send(connection, hello)
             answers = connection.makefile()
             if json.loads(answers.readline())["token"] != _token(node):
                 return None  # another program has the port, or another job
@@ -130,20 +123,20 @@ def _problem(node: Node, heard: dict[int, dict[str, Any]]) -> str | None:
     if silent:
         return f"{', '.join(silent)}: not heard of within {PATIENCE_S:.0f} s by {node.name}; is it up, can it reach us?"
     for index, name in enumerate(node.names):
-        if heard[index]["problem"]:
+        if heard[index].get("problem"):
             return f"on node {name}: {heard[index]['problem']}"
     for index, name in enumerate(node.names):
-        for key, what in (("version", "pvtcap"), ("places", "the same files"), ("processes", "processes")):
-            ours, theirs = heard[0][key], heard[index][key]
-            if key == "places":
-                other = [place for place in ours if ours[place] != theirs.get(place)]
-                if other:
-                    return (
-                        f"on node {name}: {other[0]} is not what {node.name} has there. Is it on a shared filesystem?"
-                    )
-            elif ours != theirs:
-                return f"on node {name}: {what} {theirs}; {node.name} has {ours}"
+        ours, theirs = heard[0].get("places", {}), heard[index].get("places", {})
+        if other := [place for place in ours if ours[place] != theirs.get(place)]:
+            return f"on node {name}: {other[0]} is not what {node.name} has there. Is it on a shared filesystem?"
+        for key, what in (("version", "pvtcap"), ("processes", "processes")):
+            if heard[0].get(key) != heard[index].get(key):
+                return f"on node {name}: {what} {heard[index].get(key)}; {node.name} has {heard[0].get(key)}"
     return None
+
+
+def _send(connection: socket.socket, what: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(what).encode() + b"\n")
 
 
 def _listen(node: Node) -> socket.socket:

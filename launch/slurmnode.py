@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def main(words: list[str]) -> int:
         if words[:1] == ["doctor"]:
             return _doctor(node, words)
         facts = _facts(words)
-        plan = lead(node, facts) if node.index == 0 else follow(node, facts)
+        if node.index == 0:
+            plan, heard = lead(node, facts)
+            _introduce(node, plan, heard)
+        else:
+            plan = follow(node, facts)
     except NodeError as error:
         print(f"pvtcap: error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -48,6 +53,16 @@ def main(words: list[str]) -> int:
     return code
 
 
+def _introduce(node: Node, plan: dict[str, Any], heard: dict[int, dict[str, Any]]) -> None:
+    """Who has which ranks."""
+    first = 0
+    for index, name in enumerate(node.names):
+        last = first + heard[index]["processes"] - 1
+        print(f"{name}: ranks {first}-{last}, {heard[index]['threads']} threads each, pvtcap {heard[index]['version']}")
+        first = last + 1
+    print(f"job {node.job}, start {node.restart + 1}, meeting at {plan['address']}:{plan['port']}", flush=True)
+
+
 def _doctor(node: Node, words: list[str]) -> int:
     """Every node examines itself; the first prints a table of what is not the same everywhere, or not well."""
     done = subprocess.run(_pvtcap(*words, "--json"), capture_output=True, text=True, check=False)
@@ -55,12 +70,10 @@ def _doctor(node: Node, words: list[str]) -> int:
         findings = json.loads(done.stdout)["findings"]
     except (ValueError, KeyError):
         findings = [{"what": "pvtcap doctor", "level": "bad", "found": done.stderr.strip()[-200:], "do": ""}]
-    facts = {"version": "", "places": {}, "problem": None, "processes": node.processes, "threads": 0}
     if node.index:
-        follow(node, {**facts, "findings": findings})
+        follow(node, {"findings": findings})
         return 0
-    heard = {0: {**facts, "findings": findings}}
-    lead(node, heard[0], heard=heard, say=False)
+    _, heard = lead(node, {"findings": findings})
     width = max(map(len, node.names))
     worst = 0
     for index, name in enumerate(node.names):
@@ -92,15 +105,21 @@ def _queue_again(node: Node, words: list[str], code: int) -> int:
         print(f"pvtcap: {why}; not queued again: {facts['problem']}", file=sys.stderr)
         return code
     record = Path(run) / "restarts.jsonl"
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     with record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": node.job, "start": node.restart + 1, "code": code, "step": step}) + "\n")
-    starts = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    last = [one for one in starts if one["job"] == node.job][
-        -_STARTS:
-    ]  # a mended run that is submitted anew begins anew
-    if not _may_come_back(node.job):
+        line = {"job": node.job, "start": node.restart + 1, "ended": now, "code": code, "step": step}
+        file.write(json.dumps(line) + "\n")
+    try:
+        decided = not _may_come_back(node.job)
+    except NodeError as error:
+        print(f"pvtcap: {why} at step {step}; not queued again: {error}", file=sys.stderr, flush=True)
+        return code
+    if decided:
         print(f"pvtcap: {why} at step {step}; what Slurm does with the job is decided", flush=True)
         return code
+    starts = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    # Of this job: a run that was mended and submitted anew begins anew.
+    last = [one for one in starts if one["job"] == node.job][-_STARTS:]
     if len(last) == _STARTS and all(one["step"] == step for one in last):
         print(
             f"pvtcap: error: {why} at step {step}, as {_STARTS} times in a row: not queued again. The reason is above; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class Evaluation(Protocol):
 
 
 class AfterStep:
-    """All of it is collective: every rank calls it, in the same order."""
+    """All of it is collective: every rank calls it, in the same order. ``beat`` as in ``val_loss``."""
 
     def __init__(
         self,
@@ -42,10 +42,11 @@ class AfterStep:
         world: World,
         monitor: Monitor,
         evaluation: Evaluation | None,
+        beat: Callable[[], None],
     ) -> None:
         self.engine, self.job, self.ledger, self.world = engine, job, ledger, world
         self.monitor, self.evaluation, self.config = monitor, evaluation, engine.config
-        self._last_save = time.monotonic()
+        self._beat, self._last_save = beat, time.monotonic()
 
     def begin(self) -> None:
         """Before the first step: a new run is looked at; one that goes on may owe scores of where it was stopped."""
@@ -90,7 +91,8 @@ class AfterStep:
     def _validate(self, step: int) -> None:
         if self.job.val is not None:
             started = time.perf_counter()
-            loss = val_loss(self.engine, self.job.val, self.job.view, self.world, self.job.plan.micro_batch)
+            micro_batch = self.job.plan.micro_batch
+            loss = val_loss(self.engine, self.job.val, self.job.view, self.world, micro_batch, self._beat)
             self.monitor.val(step, loss, time.perf_counter() - started)
 
     def _scoring_is_due(self, step: int) -> bool:
@@ -117,12 +119,18 @@ class AfterStep:
         return folder
 
 
-def val_loss(engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int) -> float:
-    """Mean loss (nats a token) over the whole set, each sample exactly once, at any world size."""
+def val_loss(
+    engine: Engine, val: ShardSet, view: View, world: World, micro_batch: int, beat: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss (nats a token) over the whole set, each sample exactly once, at any world size.
+
+    ``beat`` is called after each batch: whoever watches over the run sees that it moves.
+    """
     loss_sum, num_labels = 0.0, 0
     for batch in whole_batches(val, view, micro_batch, world, even=True):
         loss_sum += engine.loss_sum(batch)
         num_labels += batch.num_labels
+        beat()
     loss_sum, num_labels_all = world.sum([loss_sum, num_labels])
     return loss_sum / num_labels_all
 

@@ -28,6 +28,7 @@ from pvtcap.configfile import parse
 from pvtcap.errors import CheckpointError, PvtcapError
 from pvtcap.shardset import MANIFEST, ShardSet, parse_json, sha256_file
 from pvtcap.sources import TrainedOn
+from pvtcap.stepfolders import latest
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightreport import SourceFile
 from pvtcap.zerostate import consolidated
@@ -62,9 +63,13 @@ class CheckpointManifest(BaseModel):
     config: dict[str, Any]
     encoder: str
     encoder_sha256: str | None
-    trainable_sha256: str
     files: dict[str, FileEntry]
     weight_files: tuple[SourceFile, ...] = ()
+
+    @property
+    def trainable_sha256(self) -> str:
+        """Of the weights that training changed."""
+        return self.files[TRAINABLE].sha256
 
 
 class Checkpoint:
@@ -181,18 +186,3 @@ def check_encoder(model: Captioner, manifest: CheckpointManifest, where: Path) -
             wanted=f"{manifest.encoder} {manifest.encoder_sha256[:12]}…",
             do="Point model.encoder_weights to the weights the run began with.",
         )
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint below ``folder``, or None."""
-    return max(complete(folder), default=None)
-
-
-def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
-
-
-def complete(folder: Path) -> list[Path]:
-    """Checkpoints below ``folder`` that have their manifest, oldest first."""
-    # A save may be killed between writing the manifest and renaming the folder; resuming repeats those steps.
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}") if path.parent.suffix == "")

@@ -25,7 +25,7 @@ from typing import Any, Self
 import torch
 
 from pvtcap import frozenencoder, scoring
-from pvtcap.checkpoint import Checkpoint, complete
+from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError, ShardError
@@ -34,6 +34,7 @@ from pvtcap.scoretable import SCORES
 from pvtcap.scoring import SHEET, WORST
 from pvtcap.shardset import ShardSet
 from pvtcap.sources import open_shardset
+from pvtcap.stepfolders import complete, step_of
 from pvtcap.stream import Batch, View, whole_batches
 
 __all__ = ["SHEET", "WORST", "BackgroundEvaluation", "Captioned", "caption_all", "merge", "run"]
@@ -150,7 +151,7 @@ class BackgroundEvaluation:
             folders = complete(self.config.run.dir / "checkpoints")
             begun = [(folder, self.config.run.dir / "eval" / folder.name) for folder in folders]
             waiting = [folder for folder, out in begun if out.is_dir() and not (out / SCORES).exists()]
-            return [(folder, int(folder.name.removeprefix("step_"))) for folder in waiting[-2:]]
+            return [(folder, step_of(folder)) for folder in waiting[-2:]]
 
         return self.world.on_first_rank(find)
 
@@ -164,7 +165,8 @@ def _identity(
 ) -> str:
     """Of all that decides the captions: parts of another identity are of no use."""
     what = [
-        checkpoint.manifest.model_dump(mode="json", include={"step", "encoder_sha256", "trainable_sha256", "config"}),
+        checkpoint.manifest.model_dump(mode="json", include={"step", "encoder_sha256", "config"}),
+        checkpoint.manifest.trainable_sha256,
         hashlib.sha256(shardset.manifest.model_dump_json().encode()).hexdigest(),
         how.model_dump(mode="json"),
         world.device.type,

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from pvtcap import recipes
+from pvtcap import recipes, runlog
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.scoring import SHEET, WORST, Scored
@@ -62,7 +62,7 @@ class Monitor:
         (self.run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         write_json(self.run / "deepspeed.json", dict(deepspeed))
         write_json(self.run / "environment.json", environment(world))
-        self._log, self._kept = _open_log(self.run / "log.jsonl", start_step)
+        self._log, self._kept = _open_log(self.run, start_step)
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
@@ -195,16 +195,14 @@ def _perplexity(loss: float) -> float:
     return float(np.exp(min(loss, 80.0)))  # beyond that it overflows, and says nothing
 
 
-def _open_log(path: Path, start_step: int) -> tuple[Any, set[tuple[str, int]]]:
-    # What stands behind the last newline was being written when the run was killed.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= start_step]
+def _open_log(run: Path, start_step: int) -> tuple[Any, set[tuple[str, int]]]:
+    kept = [line for line in runlog.read(run) if line["step"] <= start_step]
     # Aside first: a run that is killed here must not lose its log.
+    path = run / runlog.LOG
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.replace(path)
-    parsed = map(json.loads, kept)
-    return path.open("a", encoding="utf-8"), {(line["kind"], line["step"]) for line in parsed}
+    return path.open("a", encoding="utf-8"), {(line["kind"], line["step"]) for line in kept}
 
 
 def _shortened(keys: Sequence[str]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from pvtcap import __version__, configfile, recipes
 from pvtcap.errors import ConfigError, PvtcapError
-
-MANIFEST = "manifest.json"
+from pvtcap.shardset import MANIFEST, sha256_file
+from pvtcap.stepfolders import latest, step_of
 
 
 def check(words: list[str]) -> dict[str, Any]:
@@ -55,8 +54,8 @@ def _check_train(words: list[str], facts: dict[str, Any]) -> None:
         raise ConfigError("cannot write to the run folder", where=run, got=error.strerror) from None
     facts["places"][str(run)] = run.stat().st_ino
     facts["run"] = str(run)
-    steps = [path.parent.name.removeprefix("step_") for path in (run / "checkpoints").glob(f"step_*/{MANIFEST}")]
-    facts["last_step"] = max((int(step) for step in steps if step.isdigit()), default=0)
+    newest = latest(run / "checkpoints")
+    facts["last_step"] = 0 if newest is None else step_of(newest)
 
 
 def _check_paths(words: list[str], facts: dict[str, Any]) -> None:
@@ -74,4 +73,4 @@ def _check_paths(words: list[str], facts: dict[str, Any]) -> None:
 def _shardset(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         raise ConfigError(f"no ShardSet here (no {MANIFEST})", where=folder)
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return sha256_file(folder / MANIFEST)

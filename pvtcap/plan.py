@@ -20,7 +20,6 @@ them with what ranks really take; so far they are known to be a quarter low for 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pvtcap import runlog
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, batch_plan
 from pvtcap.errors import PvtcapError
@@ -111,9 +111,8 @@ def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
 
 def count_parameters(config: Config) -> tuple[int, int]:
     """Those that train and those that are frozen; a vocabulary yet to be learned counts as large as it may get."""
-    vocab_size = config.text.vocab_size if config.text.vocab == "train" else 30_524
     with torch.device("meta"):
-        model = Captioner(config, vocab_size)
+        model = Captioner(config, _vocab_size(config))
     trainable = sum(parameter.numel() for parameter in model.trainable().values())
     return trainable, sum(parameter.numel() for parameter in model.parameters()) - trainable
 
@@ -139,17 +138,18 @@ def memory(config: Config, stage: int, ranks: int, trainable: int, frozen: int, 
 def _activations(config: Config, micro_batch: int, width: int) -> float:
     model = config.model
     tokens = micro_batch * config.data.captions_per_photo * min(_TOKENS_A_CAPTION, config.text.max_tokens)
-    vocab_size = config.text.vocab_size if config.text.vocab == "train" else 30_524
     kept = 20 * model.decoder_width + 2 * model.decoder_feedforward
     layers = 1 if config.train.activation_checkpointing else model.decoder_layers
-    return float(tokens * (layers * kept * width + 8 * vocab_size))
+    return float(tokens * (layers * kept * width + 8 * _vocab_size(config)))
+
+
+def _vocab_size(config: Config) -> int:
+    return config.text.vocab_size if config.text.vocab == "train" else 30_524  # BERT's and BLIP's two
 
 
 def _measured_save(run: Path) -> float | None:
     """Median seconds of this run's checkpoints, if it has some."""
-    log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
-    seconds = [line["checkpoint/seconds"] for line in lines if line["kind"] == "checkpoint"]
+    seconds = [line["checkpoint/seconds"] for line in runlog.read(run) if line["kind"] == "checkpoint"]
     return median(seconds) if seconds else None
 
 

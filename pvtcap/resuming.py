@@ -7,11 +7,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from pvtcap.checkpoint import Checkpoint, complete
+from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.errors import CheckpointError
 from pvtcap.sources import TrainedOn
+from pvtcap.stepfolders import complete
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from pvtcap.checkpoint import (
     VOCAB,
     CheckpointManifest,
     FileEntry,
-    complete,
-    step_folder,
 )
 from pvtcap.config import BatchPlan, Config
 from pvtcap.dist import World
@@ -36,6 +34,7 @@ from pvtcap.errors import CheckpointError
 from pvtcap.scoretable import SCORES
 from pvtcap.shardset import MANIFEST, sha256_file, write_json
 from pvtcap.sources import TrainedOn
+from pvtcap.stepfolders import complete, step_folder
 from pvtcap.text import CaptionTokenizer
 from pvtcap.weightreport import SourceFile
 
@@ -89,7 +88,6 @@ def save(
             config=config.model_dump(mode="json"),
             encoder=config.model.encoder,
             encoder_sha256=encoder_sha256,
-            trainable_sha256=files[TRAINABLE].sha256,
             files=dict(sorted(files.items())),
             weight_files=weight_files,
         )

@@ -61,7 +61,8 @@ def run(
         ours = deepspeed_dict(config, job.plan)
         with Monitor(config, ours, world, job.start_step, job.total_steps) as monitor:
             _introduce(job, config, world, monitor)
-            after = AfterStep(engine, job, ledger, world, monitor, evaluation)
+            beat = (lambda: None) if watch is None else watch.beat
+            after = AfterStep(engine, job, ledger, world, monitor, evaluation, beat)
             after.begin()
             for step, leave in _steps(engine, job, ledger, world, monitor, after, notice):
                 if watch is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -29,6 +28,8 @@ import psutil
 import yaml
 from rich.console import Console
 from rich.table import Table
+
+from pvtcap import runlog
 
 ROOT = Path(__file__).parents[1]
 STEPS_A_KILL, EVERY = 14, 4
@@ -118,9 +119,7 @@ def moment_has_come(run: Path, moment: str) -> bool:
 
 def last_step(run: Path) -> int:
     """The last step in a log that is being written; -1: none."""
-    with contextlib.suppress(FileNotFoundError, ValueError, IndexError):
-        return int(json.loads((run / "log.jsonl").read_text().split("\n")[-2])["step"])
-    return -1
+    return max((int(line["step"]) for line in runlog.read(run)[-1:]), default=-1)
 
 
 def torment(run: Path, file: Path, kills: int, sizes: list[int], seed: int, say: Callable[[str], None]) -> Outcome:
@@ -176,7 +175,7 @@ def differences(run: Path, unbroken: Path, same_sizes: bool) -> list[str]:
 
 
 def _numbers(run: Path) -> dict[tuple[str, int], float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = runlog.read(run)
     losses = {("train", one["step"]): one["train/loss"] for one in lines if one["kind"] == "train"}
     return losses | {("val", one["step"]): one["val/loss"] for one in lines if one["kind"] == "val"}
 

@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 
 from pvtcap import __version__
 from pvtcap.captioner import Captioner
-from pvtcap.checkpoint import FORMAT, MANIFEST, TRAINABLE, Checkpoint, complete, latest, step_folder
+from pvtcap.checkpoint import FORMAT, MANIFEST, TRAINABLE, Checkpoint
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.errors import CheckpointError
 from pvtcap.resuming import find
 from pvtcap.saving import prune
 from pvtcap.shardset import sha256_file
+from pvtcap.stepfolders import complete, latest, step_folder
 from pvtcap.text import CaptionTokenizer
 
 TOKENIZER = CaptionTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"])
@@ -35,7 +36,6 @@ def write(config: Config, step: int) -> Path:
         "format": FORMAT, "pvtcap": __version__, "step": step, "num_samples_seen": step * 8, "world_size": 1,
         "global_batch": 8, "train_data": [], "config": config.model_dump(mode="json"),
         "encoder": config.model.encoder, "encoder_sha256": None,
-        "trainable_sha256": sha256_file(folder / TRAINABLE),
         "files": {
             TRAINABLE: {
                 "size_bytes": (folder / TRAINABLE).stat().st_size, "sha256": sha256_file(folder / TRAINABLE)

@@ -12,7 +12,7 @@ import torch
 from conftest import RankFunction
 from test_train import logged, losses
 
-from pvtcap import audit, checkpoint
+from pvtcap import audit, checkpoint, stepfolders
 from pvtcap import train as training
 from pvtcap.configfile import parse
 from pvtcap.dist import World
@@ -98,7 +98,7 @@ class Poison:
 
 def poisoned(world: World, tree: dict[str, Any], folder: str) -> str:
     runs(world, tree, [(folder, 2)], steps=1)
-    found = checkpoint.latest(Path(folder) / "checkpoints")
+    found = stepfolders.latest(Path(folder) / "checkpoints")
     assert found is not None
     file = next((found / "deepspeed").glob("*optim_states.pt"))
     torch.save({"optimizer_state_dict": Poison(Path(folder).parent / "ran")}, file)

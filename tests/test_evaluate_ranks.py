@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.5)
     save_file({name: value.detach().clone() for name, value in model.trainable().items()}, folder / TRAINABLE)
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["trainable_sha256"] = sha256_file(folder / TRAINABLE)
+    manifest["files"][TRAINABLE]["sha256"] = sha256_file(folder / TRAINABLE)
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder
 

@@ -21,6 +21,7 @@ LEVELS = [
         "preemption",
         "spikes",
         "stallwatch",
+        "runlog",
         "distribution",
         "addresses",
         "robots",
@@ -32,7 +33,7 @@ LEVELS = [
     {"shardcache", "deepspeedops"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "scorers"},
     {
-        "runfolder",
+        "stepfolders",
         "readahead",
         "config",
         "metrics",

@@ -10,24 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import yaml
 from conftest import ROOT, tiny_tree
 
-from pvtcap import audit
+from pvtcap import audit, runlog
 from pvtcap.dist import World
 from pvtcap.preemption import RESUME_ME, Notice
 
 STEPS = 30
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log that is being written."""
-    path = run / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +55,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., subp
 
 
 def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
-    while process.poll() is None and not any(line["step"] >= step for line in lines(run)):
+    while process.poll() is None and not any(line["step"] >= step for line in runlog.read(run)):
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[1][-4000:]
 
@@ -102,7 +95,7 @@ def test_asked_to_leave_it_saves_leaves_and_goes_on_as_if_nothing_had_been(
     out, err = first.communicate(timeout=60)
     assert first.returncode == RESUME_ME, err[-4000:]
     assert "checkpoint complete" in out
-    (event,) = (line for line in lines(run) if line["kind"] == "event" and "stopped" in line["text"])
+    (event,) = (line for line in runlog.read(run) if line["kind"] == "event" and "stopped" in line["text"])
     assert 7 <= event["step"] < STEPS
     second = start(run, 2)
     out, err = second.communicate(timeout=200)
@@ -122,7 +115,7 @@ def test_a_notice_that_comes_before_anybody_listens_is_not_lost(
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == RESUME_ME, err[-4000:]
-    assert max(line["step"] for line in lines(tmp_path / "run")) == 1
+    assert max(line["step"] for line in runlog.read(tmp_path / "run")) == 1
 
 
 def test_a_time_limit_of_ones_own_leaves_too_without_torchrun(

@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT, tiny_tree
 from slurmcluster import SlurmCluster, missing_programs
 
-from pvtcap import audit
+from pvtcap import audit, runlog
 
 pytestmark = pytest.mark.skipif(
     bool(missing_programs()), reason=f"no Slurm on this machine: {', '.join(missing_programs())}"
@@ -50,9 +50,7 @@ def configured(folder: Path, shapes: Path, steps: int = STEPS, **changed: Any) -
 
 
 def losses(run: Path) -> dict[int, float]:
-    path = run / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-    return {line["step"]: line["train/loss"] for line in lines if line["kind"] == "train"}
+    return {line["step"]: line["train/loss"] for line in runlog.read(run) if line["kind"] == "train"}
 
 
 def wait_for_step(cluster: SlurmCluster, job: int, run: Path, step: int, timeout: float = 120) -> None:

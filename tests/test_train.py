@@ -11,6 +11,7 @@ import pytest
 from conftest import RankFunction
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pvtcap import runlog
 from pvtcap import train as training
 from pvtcap.afterstep import due
 from pvtcap.checkpoint import Checkpoint
@@ -24,8 +25,7 @@ from pvtcap.train import dropout_seed
 
 
 def logged(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in runlog.read(run) if line["kind"] == kind]
 
 
 def losses(run: Path) -> dict[int, float]:
