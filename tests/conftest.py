@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="long: make test-long runs it"))
+
+
+def pytest_unconfigure() -> None:
+    """What keeps a finished suite from ending is told, and ended: CI would wait for its own limit, without a word."""
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # threads and what waits for them
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(90)  # native code, when the interpreter is gone
 
 
 @pytest.fixture(scope="session")

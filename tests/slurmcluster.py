@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -113,7 +114,7 @@ class SlurmCluster:
         done = self.run("scontrol", "--oneliner", "show", "job", str(job))
         return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
 
-    def state(self, job: int) -> str:
+    def state(self, job: int | str) -> str:
         return self.job(job).get("JobState", "GONE")
 
     def wait(self, job: int, *states: str, timeout: float, hurry: str | None = None) -> str:
@@ -125,18 +126,33 @@ class SlurmCluster:
         while (state := self.state(job)) not in states:
             self.hurry(hurry or job)
             final = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "GONE")
-            assert not final and time.monotonic() < deadline, f"job {job} is {state}\n{self.log(job)[-6000:]}"
+            never = self.job(job).get("Reason") == "DependencyNeverSatisfied"
+            if final or never or time.monotonic() > deadline:
+                raise AssertionError(f"job {job} is {state}\n{self.account(job)}")
             time.sleep(0.2)
         return state
 
     def hurry(self, job: int | str) -> None:
-        """Slurm lets a job that is queued again wait for two minutes: not here."""
-        if self.job(job).get("Reason") == "BeginTime":
-            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Slurm lets a job that is queued again wait for two minutes: not here.
+
+        But for two seconds: what is started in the second in which it was killed, its node refuses as revoked.
+        """
+        told = self.job(job)
+        if told.get("Reason") == "BeginTime" and told["StartTime"] != "Unknown":  # unknown in the last instant
+            left = datetime.fromisoformat(told["StartTime"]) - datetime.now()
+            if left.total_seconds() > 5:
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def log(self, job: int) -> str:
         path = Path(self.job(job).get("StdOut", "/nowhere"))
         return path.read_text(errors="replace") if path.exists() else f"(no {path})"
+
+    def account(self, job: int) -> str:
+        """What can be told of a job that did not do what it should: all jobs' states, and the logs beside its own."""
+        told = [self.run("scontrol", "--oneliner", "show", "job").stdout]
+        folder = Path(self.job(job).get("WorkDir", "/nowhere"))
+        told += [f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(folder.glob("*.log"))]
+        return "\n".join(told)
 
     def _start(self, name: str, *words: str, program: str | None = None) -> None:
         path = shutil.which(program or name, path=_WHERE)

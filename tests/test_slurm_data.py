@@ -50,8 +50,9 @@ def test_an_array_builds_parts_of_which_one_is_killed_and_joined_they_are_a_sing
             "--dependency", f"afterok:{array}", script, "join", *(str(parts / f"part-{part}") for part in (1, 2, 3)),
             "--out", str(joined), cwd=tmp_path,
         )  # fmt: skip
-        while cluster.state(array) != "RUNNING":
-            time.sleep(0.05)
+        while not list((parts / "part-1").glob("*.tar")):
+            assert cluster.state(f"{array}_1") in ("PENDING", "RUNNING", "COMPLETED"), cluster.account(array)
+            time.sleep(0.02)
         assert cluster.run("scontrol", "requeue", f"{array}_1").returncode == 0
         cluster.wait(join, "COMPLETED", timeout=200, hurry=f"{array}_1")
     assert samples(ShardSet.open(joined)) == samples(single)
