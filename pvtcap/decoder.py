@@ -123,6 +123,19 @@ class Decoder(nn.Module):
         )
         return generated
 
+    @torch.inference_mode()
+    def photo_attention(self, patches_BPD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """How much a token looks at each patch: (B, T, P), float32, mean over layers and heads; rows sum to 1."""
+        self.lm.set_attn_implementation("eager")  # sdpa does not tell
+        try:
+            outputs = self.lm.bert(
+                input_ids=tokens_BT, encoder_hidden_states=patches_BPD, use_cache=False, output_attentions=True
+            )
+        finally:
+            self.lm.set_attn_implementation("sdpa")
+        weights_LBHTP = torch.stack(outputs.cross_attentions)
+        return weights_LBHTP.float().mean(dim=(0, 2))
+
 
 class _PhotoCache(EncoderDecoderCache):
     """Self-attention's keys and values of each beam, cross-attention's of each photo: (B, heads, P, head width)."""

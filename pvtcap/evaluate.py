@@ -13,6 +13,7 @@ What a rank has captioned it keeps in OUT/parts until all is merged: an evaluati
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ from typing import Any, Self
 
 import torch
 
-from pvtcap import frozenencoder, scoring
+from pvtcap import frozenencoder, heatmaps, scoring
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
@@ -50,15 +51,28 @@ def run(
     blank_photos: bool = False,
     allow_missing: bool = False,
     training: Path | None = None,
+    heat_maps: bool = False,
 ) -> dict[str, Any] | None:
     """Caption and score. Every rank calls it; returns the content of scores.json on rank 0, None elsewhere.
 
     Only captioning is collective: the other ranks leave while rank 0 scores, so no time-out of theirs can be reached.
+    ``heat_maps``: the report shows where the model looked for each word.
     """
+    if heat_maps:
+        world.on_first_rank(lambda: heatmaps.check(open_shardset(data, Checkpoint.open(checkpoint).config.data)))
     caption_all(
         checkpoint, data, out, world, how, blank_photos=blank_photos, allow_missing=allow_missing, training=training
     )
-    return scoring.finish(out) if world.is_first else None
+    if not world.is_first:
+        return None
+    return scoring.finish(out, _heat_maps(checkpoint, data, world, how, blank_photos) if heat_maps else None)
+
+
+def _heat_maps(checkpoint: Path, data: str | Path, world: World, how: EvaluateConfig, blank: bool) -> scoring.HeatMaps:
+    """The model once more: where there is nothing left to caption, it has not been read."""
+    chosen = Checkpoint.open(checkpoint)
+    maps = heatmaps.HeatMaps(chosen, world.device, open_shardset(data, chosen.config.data), how)
+    return functools.partial(maps, blank=blank)
 
 
 def caption_all(

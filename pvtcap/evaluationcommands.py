@@ -165,6 +165,9 @@ def evaluate(
     training: Annotated[
         Path | None, typer.Option(help="The ShardSet trained on: how many of the captions are novel?")
     ] = None,
+    heat_maps: Annotated[
+        bool, typer.Option(help="Show in report.html where the model looked for each word (cross-attention).")
+    ] = False,
 ) -> None:
     """Caption a whole ShardSet and score it, on any number of ranks. Unset options are the checkpoint's.
 
@@ -188,7 +191,15 @@ def evaluate(
     with World.start() as world:
         how = world.on_first_rank(lambda: evaluating(Checkpoint.open(checkpoint).config, changed))
         report = evaluation.run(
-            checkpoint, data, out, world, how, blank_photos=blank_photos, allow_missing=allow_missing, training=training
+            checkpoint,
+            data,
+            out,
+            world,
+            how,
+            blank_photos=blank_photos,
+            allow_missing=allow_missing,
+            training=training,
+            heat_maps=heat_maps,
         )
     if report is not None:
         from rich.console import Console

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -21,14 +22,30 @@ font-variant-numeric: tabular-nums; } td.interval { color: #666; font-variant-nu
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: 1.2rem; }
 figure { margin: 0; } figure img { width: 100%; height: 200px; object-fit: contain; background: #f1f1f1; }
 figcaption b { display: block; margin: .3rem 0 .1rem; } figcaption ul { margin: .2rem 0 0; padding-left: 1.1rem;
-color: #666; font-size: 13px; } .score { float: right; margin-left: .6rem; color: #666; font-size: 13px; }
+color: #666; font-size: 13px; } details { font-size: 13px; } summary { color: #666; cursor: pointer; }
+.words { display: flex; flex-wrap: wrap; gap: 4px; } .words span { width: 80px; text-align: center; }
+.words img { width: 80px; height: 80px; } .score { float: right; margin-left: .6rem; color: #666; font-size: 13px; }
 """
 
 
-def page(report: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], photo: Callable[[str], bytes]) -> str:
+@dataclass(frozen=True)
+class WordPicture:
+    """A word of a caption, and a JPEG of where the model looked for it."""
+
+    word: str
+    jpeg: bytes
+
+
+def page(
+    report: Mapping[str, Any],
+    ranked: Sequence[Mapping[str, Any]],
+    photo: Callable[[str], bytes],
+    pictures: Mapping[str, Sequence[WordPicture]] | None = None,
+) -> str:
     """The page of scores.json's ``report`` and its photos, the worst first; ``photo`` gives a key's JPEG.
 
-    A photo that is in several sections is in the page once for each.
+    ``pictures`` are those of its words, where there are some. A photo that is in several sections is in the page once
+    for each.
     """
     step = f"step {report['step']:,}" if report.get("step") is not None else ""
     how = report["generation"]
@@ -46,14 +63,9 @@ def page(report: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], photo: 
         notes.append(
             f"Not readable, and in no score: {len(keys):,} of {len(keys) + len(ranked):,} photos ({some_keys})"
         )
-    draw = np.random.default_rng(SEED)
-    some = sorted(draw.permutation(len(ranked))[:NUM_RANDOM])
-    sections = {
-        f"The {min(NUM_WORST, len(ranked))} worst": ranked[:NUM_WORST],
-        f"The {min(NUM_BEST, len(ranked))} best": ranked[::-1][:NUM_BEST],
-        f"{len(some)} at random": [ranked[number] for number in some],
-    }
-    body = "".join(f"<h2>{title}</h2>{_photos(rows, photo)}" for title, rows in sections.items())
+    body = "".join(
+        f"<h2>{title}</h2>{_photos(rows, photo, pictures or {})}" for title, rows in _sections(ranked).items()
+    )
     title = f"Captions of {escape(str(report['data']))}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -63,6 +75,21 @@ def page(report: Mapping[str, Any], ranked: Sequence[Mapping[str, Any]], photo: 
         '<p class="about">Intervals are 95%, by bootstrap over photos. Photos are ranked by their own CIDEr, '
         f"equal ones by ROUGE-L.</p>{body}</body></html>\n"
     )
+
+
+def shown(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that the page shows, each once."""
+    return list({row["key"]: row for rows in _sections(ranked).values() for row in rows}.values())
+
+
+def _sections(ranked: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    draw = np.random.default_rng(SEED)
+    some = sorted(draw.permutation(len(ranked))[:NUM_RANDOM])
+    return {
+        f"The {min(NUM_WORST, len(ranked))} worst": list(ranked[:NUM_WORST]),
+        f"The {min(NUM_BEST, len(ranked))} best": list(ranked[::-1][:NUM_BEST]),
+        f"{len(some)} at random": [ranked[number] for number in some],
+    }
 
 
 def _scores(report: Mapping[str, Any]) -> str:
@@ -82,15 +109,29 @@ def _row(name: str, value: str, interval: str = "") -> str:
     return f'<tr><td>{escape(name)}</td><td class="number">{value}</td><td class="interval">{interval}</td></tr>'
 
 
-def _photos(rows: Sequence[Mapping[str, Any]], photo: Callable[[str], bytes]) -> str:
+def _photos(
+    rows: Sequence[Mapping[str, Any]],
+    photo: Callable[[str], bytes],
+    pictures: Mapping[str, Sequence[WordPicture]],
+) -> str:
     figures = []
     for row in rows:
         score = f"CIDEr {row['scores']['CIDEr']:.2f}" if "CIDEr" in row["scores"] else ""
         references = "".join(f"<li>{escape(reference)}</li>" for reference in row["references"])
         caption, key = escape(row["caption"]) or "<i>nothing</i>", escape(row["key"])
-        jpeg = base64.b64encode(photo(row["key"])).decode()
         figures.append(
-            f'<figure><img src="data:image/jpeg;base64,{jpeg}" alt="{key}" title="{key}">'
-            f'<figcaption><span class="score">{score}</span><b>{caption}</b><ul>{references}</ul></figcaption></figure>'
+            f'<figure><img src="{_inline(photo(row["key"]))}" alt="{key}" title="{key}">'
+            f'<figcaption><span class="score">{score}</span><b>{caption}</b>{_words(pictures.get(row["key"], ()))}'
+            f"<ul>{references}</ul></figcaption></figure>"
         )
     return f'<div class="photos">{"".join(figures)}</div>'
+
+
+def _words(pictures: Sequence[WordPicture]) -> str:
+    """Folded up, as most who read the page look at a few photos only."""
+    spans = "".join(f'<span><img src="{_inline(one.jpeg)}" alt="">{escape(one.word)}</span>' for one in pictures)
+    return f'<details><summary>where it looked</summary><div class="words">{spans}</div></details>' if spans else ""
+
+
+def _inline(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

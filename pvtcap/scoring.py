@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ RESULTS, SHEET, WORST, REPORT, EVALUATION = (
     "evaluation.json",
 )
 FILES = (REPORT, RESULTS, SCORES, CAPTIONS, SHEET, WORST)  # not all are drawn of features
+HeatMaps = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Sequence[htmlreport.WordPicture]]]
 _LOG = "scoring.log"
 _PHOTO_PX, _QUALITY = 320, 85
 _BY = ("CIDEr", "ROUGE_L", "Bleu_1")  # which of a photo's scores say how good its caption is; the next, of equal ones
@@ -69,8 +70,11 @@ def waits(out: Path, identity: str) -> bool:
         return False
 
 
-def finish(out: Path) -> dict[str, Any]:
-    """Score what ``prepare`` left; returns the content of scores.json, the last file that is written."""
+def finish(out: Path, heat_maps: HeatMaps | None = None) -> dict[str, Any]:
+    """Score what ``prepare`` left; returns the content of scores.json, the last file that is written.
+
+    ``heat_maps`` gives the pictures of the report's photos, by key.
+    """
     about = json.loads((out / EVALUATION).read_bytes())
     rows = [json.loads(line) for line in (out / CAPTIONS).read_text(encoding="utf-8").split("\n") if line]
     how = about["report"]["generation"]
@@ -101,7 +105,8 @@ def finish(out: Path) -> dict[str, Any]:
     if shardset.manifest.features is None:  # of features there is nothing to draw
         _draw(rows[: how["sheet_photos"]], photos, out / SHEET)
         _draw(ranked[: htmlreport.NUM_WORST], photos, out / WORST)
-    (out / REPORT).write_text(htmlreport.page(report, ranked, photos.read), encoding="utf-8")
+    pictures = heat_maps(htmlreport.shown(ranked)) if heat_maps is not None else {}
+    (out / REPORT).write_text(htmlreport.page(report, ranked, photos.read, pictures), encoding="utf-8")
     _write_lines(out / CAPTIONS, rows)
     write_json(out / SCORES, report)
     (out / EVALUATION).unlink()
@@ -116,10 +121,13 @@ class Photos:
         places = ((shard, index) for shard, size in enumerate(shardset.sizes) for index in range(size))
         self.places = dict(zip(shardset.keys(), places, strict=True))
 
+    def encoded(self, key: str) -> bytes:
+        """As it lies in the shard. Raises ShardError."""
+        return self.reader.read(*self.places[key]).photo
+
     def read(self, key: str) -> bytes:
         try:
-            encoded = self.reader.read(*self.places[key]).photo
-            with pillow_errors(), Image.open(io.BytesIO(encoded)) as image:
+            with pillow_errors(), Image.open(io.BytesIO(self.encoded(key))) as image:
                 rgb = upright_rgb(image)
         except (BadPhoto, ShardError):
             rgb = Image.new("RGB", (_PHOTO_PX, _PHOTO_PX), "#808080")

@@ -118,6 +118,20 @@ class CaptionTokenizer:
         # BERT splits at an apostrophe; transformers' clean-up, which BLIP's captions go through, joins it again.
         return text.replace(" ' ", "'")
 
+    def words(self, caption: str) -> list[tuple[str, list[int]]]:
+        """The words and signs of a caption, each with the ids of its pieces, as ``pack`` packs them."""
+        encoding = self._tokenizer.encode(caption, add_special_tokens=False)
+        found: list[tuple[str, list[int]]] = []
+        last = None
+        for id_, word, (start, end) in zip(encoding.ids, encoding.word_ids, encoding.offsets, strict=True):
+            if word == last:
+                text, pieces = found[-1]
+                found[-1] = text + caption[start:end], [*pieces, id_]
+            else:
+                found.append((caption[start:end], [id_]))
+            last = word
+        return found
+
     def _ids(self, text: str) -> list[int]:
         # Captions are mostly the same few thousand words: looking their pieces up is quicker by far.
         # In printable ASCII, words are what BERT's rules make of it: letters and digits, or one sign.

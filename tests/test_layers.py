@@ -55,7 +55,7 @@ LEVELS = [
     {"weights", "engine", "monitor", "ledger", "cococaptions"},
     {"frozenencoder", "audit"},
     {"checkpoint"},
-    {"modelcard", "api", "combinedmodel", "saving", "resuming", "elastic"},
+    {"modelcard", "api", "combinedmodel", "saving", "resuming", "elastic", "heatmaps"},
     {"job"},
     {"plan"},
     {"afterstep"},

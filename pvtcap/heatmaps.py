@@ -1,0 +1,107 @@
+"""Where a captioner looks for each word of a caption: its cross-attention, drawn over the photo.
+
+    pictures = HeatMaps(checkpoint, device, shardset)(rows)      # of captions.jsonl
+    pictures["1000268201"][0].word, pictures["1000268201"][0].jpeg
+
+A word's map is that of the token before it, whose output chose the word: the softmax of its queries over the photo's
+patches, averaged over layers and heads, and over the pieces of a word that has several. Attention says what was read,
+not what was decisive (Jain and Wallace, "Attention is not Explanation", 2019).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pvtcap import pixels
+from pvtcap.captioner import Captioner
+from pvtcap.checkpoint import Checkpoint
+from pvtcap.config import EvaluateConfig
+from pvtcap.errors import EvaluationError
+from pvtcap.htmlreport import WordPicture
+from pvtcap.scoring import Photos
+from pvtcap.shardset import ShardSet
+from pvtcap.text import CaptionTokenizer
+
+_DARKEST = 0.15  # of the photo's brightness, where the model does not look
+_PICTURE_PX, _QUALITY = 160, 80
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """A word, and how its attention is spread over the photo: float32 (rows, columns), summing to 1."""
+
+    word: str
+    attention: NDArray[np.float32]
+
+
+def word_maps(model: Captioner, tokenizer: CaptionTokenizer, photo_3HW: Tensor, caption: str) -> list[WordMap]:
+    """The caption's words, in order, for one uint8 photo. The model must be whole and in eval mode."""
+    words = tokenizer.words(caption)
+    ids = [*tokenizer.prefix, *(piece for _, pieces in words for piece in pieces)]
+    with torch.inference_mode():
+        patches_1PD = model.patches(photo_3HW[None])
+        attention_TP = model.decoder.photo_attention(patches_1PD, torch.tensor([ids], device=patches_1PD.device))[0]
+    side = math.isqrt(attention_TP.shape[1])  # photos are shown as squares, and so are their patches
+    maps, chosen_by = [], len(tokenizer.prefix) - 1
+    for word, pieces in words:
+        mean_P = attention_TP[chosen_by : chosen_by + len(pieces)].mean(0)
+        maps.append(WordMap(word, mean_P.reshape(side, side).cpu().numpy()))
+        chosen_by += len(pieces)
+    return maps
+
+
+def spotlight(photo: Image.Image, attention: NDArray[np.float32]) -> Image.Image:
+    """The photo, bright where the model looks and dark where it does not; the most attended place is as it was."""
+    relative = Image.fromarray(attention / attention.max()).resize(photo.size, Image.Resampling.BICUBIC)
+    light = _DARKEST + (1 - _DARKEST) * np.clip(np.asarray(relative), 0, 1)
+    return Image.fromarray((np.asarray(photo, dtype=np.float32) * light[..., None]).round().astype(np.uint8))
+
+
+class HeatMaps:
+    """Pictures for rows of captions.jsonl, by a checkpoint's model. Raises EvaluationError for features of photos."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, shardset: ShardSet, how: EvaluateConfig) -> None:
+        check(shardset)
+        self.config = checkpoint.config.data
+        self.model = checkpoint.captioner(device, [shardset]).cast(how.precision)
+        self.tokenizer, self.photos, self.device = checkpoint.tokenizer(), Photos(shardset), device
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], *, blank: bool = False) -> dict[str, list[WordPicture]]:
+        """By key. ``blank``: the model is shown grey pictures, as it was for these captions."""
+        side_px = self.config.image_px
+        found = {}
+        for row in rows:
+            key = row["key"]
+            shown = pixels.blank(side_px) if blank else pixels.whole(self.photos.encoded(key), key, side_px)
+            with Image.open(io.BytesIO(self.photos.read(key))) as image:
+                image.thumbnail((_PICTURE_PX, _PICTURE_PX))
+                small = image.convert("RGB")
+            maps = word_maps(self.model, self.tokenizer, shown.to(self.device), row["caption"])
+            found[key] = [WordPicture(one.word, _jpeg(spotlight(small, one.attention))) for one in maps]
+        return found
+
+
+def check(shardset: ShardSet) -> None:
+    """EvaluationError where there are no photos to draw over."""
+    if shardset.manifest.features is not None:
+        raise EvaluationError(
+            "heat maps are drawn over photos, and here are only their features",
+            where=shardset.location,
+            do="Give the ShardSet of photos that the features were made of, or leave out --heat-maps.",
+        )
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=_QUALITY)
+    return out.getvalue()
