@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process, resource_tracker
 from typing import NoReturn, TypeVar
 
 from pvtcap.errors import ShardError
@@ -71,8 +71,12 @@ def start_worker() -> None:
 def sheltered() -> Iterator[None]:
     """Processes started in here are not ended by SIGTERM and SIGUSR1, which Slurm sends to all processes of a job.
 
-    What to do about them is the parent's to say; theirs is to go on until it has.
+    What to do about them is the parent's to say; theirs is to go on until it has. This process ends them when it ends:
+    multiprocessing would send SIGTERM and then wait for them, for ever.
     """
+    atexit.unregister(_kill_helpers)
+    atexit.register(_kill_helpers)  # runs before multiprocessing's, which was registered earlier
+    resource_tracker.ensure_running()  # what starts a first process starts it too, and lets SIGTERM in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         yield
@@ -87,11 +91,18 @@ def leave(code: int) -> NoReturn:
     one rank in some hundreds, its work done, was then ended by SIGABRT.
     """
     for child in active_children():
-        child.kill()  # a decoding process has nothing to lose, and may be sheltered from less
+        child.kill()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _kill_helpers() -> None:
+    """A decoding process has nothing to lose, and is sheltered from less. Whoever uses us may have others."""
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _die_with_parent() -> None:

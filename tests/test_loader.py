@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +86,43 @@ def test_a_board_keeps_the_end_of_a_long_name() -> None:
     assert [row.where for row in board.busy()] == ["short"]
     board.idle()
     assert board.busy() == []
+
+
+class Mask(Work[list[int]]):
+    """Which signals a worker does not let in."""
+
+    def make(self, number: int) -> list[int]:
+        return sorted(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+def test_what_slurm_sends_to_all_processes_does_not_end_a_worker() -> None:
+    """In a process of its own, since another test may have started what starts workers."""
+    program = (
+        "from test_loader import Mask, load\n"
+        "print(list(load(Mask(), [0], workers=1, timeout_s=60, rank=0, pin_memory=False)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout) == [[signal.SIGUSR1, signal.SIGTERM]]
+
+
+ABANDONED = """
+import test_loader
+from pvtcap.loader import load
+
+if __name__ == "__main__":
+    batches = load(test_loader.Doing(''), range(100), workers=1, timeout_s=30, rank=0, pin_memory=False)
+    print(next(batches))
+    if {fails}:
+        raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_program_that_has_had_enough_ends(tmp_path: Path, fails: bool) -> None:
+    """The workers are sheltered from SIGTERM, with which multiprocessing would end them before it waits."""
+    program = tmp_path / "abandoned.py"
+    program.write_text(ABANDONED.format(fails=fails))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, str(program)], env=environment, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3 if fails else 0, "0\n"), done.stderr
