@@ -62,7 +62,7 @@ class AfterStep:
             if self._scoring_is_due(step) and self.world.on_first_rank(lambda: not self.monitor.has("evaluate", step)):
                 owed[job.resumed.path] = step
             for folder, of_step in owed.items():
-                self.evaluation.start(folder, of_step)
+                self._caption(folder, of_step)
 
     def save_is_late(self) -> bool:
         """Has it been ``checkpoint.every_minutes`` since the last one?"""
@@ -77,8 +77,8 @@ class AfterStep:
         scoring = self._scoring_is_due(step)
         if scoring or save or (step and (last or due(self.config.checkpoint.every_steps, step, last))):
             folder = self._save(step)
-            if scoring and not leave and self.evaluation is not None:
-                self.evaluation.start(folder, step)
+            if scoring and not leave:
+                self._caption(folder, step)
         if not leave:
             self.tell()
 
@@ -87,6 +87,12 @@ class AfterStep:
         for scored in self.evaluation.finished(wait=wait) if self.evaluation is not None else ():
             self.monitor.scores(scored)
             saving.prune(self.config)  # the best may be another now
+
+    def _caption(self, folder: Path, step: int) -> None:
+        assert self.evaluation is not None, "asked for where there is one"
+        started = time.perf_counter()
+        self.evaluation.start(folder, step)
+        self.monitor.captioned(step, time.perf_counter() - started)
 
     def _validate(self, step: int) -> None:
         if self.job.val is not None:

@@ -1,7 +1,8 @@
 """The ``pvtcap`` command. Imports are inside the commands: ``pvtcap --help`` loads no torch.
 
-A PvtcapError becomes one line on standard error and exit code 2; anything else is a bug and keeps its traceback. A
-training run that was asked to stop, and can go on, ends with exit code 75.
+A PvtcapError becomes one line on standard error and exit code 2, and so does what a library says of the machine
+(``libraryerrors``); anything else is a bug and keeps its traceback. A training run that was asked to stop, and can go
+on, ends with exit code 75.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 
 from pvtcap import __version__, evaluationcommands, modelcommands, processes
 from pvtcap.errors import PvtcapError
+from pvtcap.libraryerrors import explaining
 
 app = typer.Typer(
     name="pvtcap",
@@ -23,7 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
+    epilog="Exit codes: 0 done; 1 doctor, audit or verify found something, or a bug; 2 a mistake, which one line "
+    "explains; 75 asked to stop, with a checkpoint to go on from; 128 + N ended by signal N.",
 )
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -32,7 +35,8 @@ PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 def main() -> None:
     """Run the command line; the entry point of ``pvtcap`` and ``python -m pvtcap``."""
     try:
-        app()
+        with explaining(None):
+            app()
     except SystemExit as end:  # typer ends so, well or not
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except PvtcapError as error:
@@ -92,7 +96,10 @@ def train(
         raise
     from pvtcap.preemption import Notice, exit_code_to_resume
 
-    with Notice(loaded.train.stop_after_minutes) as notice:  # before what follows, which takes seconds
+    with (
+        explaining(loaded.run.dir / "errors"),
+        Notice(loaded.train.stop_after_minutes) as notice,  # before what follows, which takes seconds
+    ):
         from pvtcap import train as training
         from pvtcap.dist import World
         from pvtcap.evaluate import BackgroundEvaluation
@@ -208,6 +215,20 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Show one or several runs as an HTML page: curves, scores, what differs between them, what happened."""
+    from pvtcap import runreport
+
+    text = runreport.page([runreport.read(run) for run in runs])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(out)
+
+
 @app.command(context_settings=PASS_ON, hidden=True)
 def nodecheck(context: typer.Context) -> None:
     """Print what this node sees of what a command needs, as JSON: launch/slurmnode.py compares the nodes."""
@@ -239,7 +260,10 @@ def where(name: Annotated[str, typer.Argument(help="Such as launch/local.sh.")])
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pvtcap {__version__}")
+        from pvtcap import recipes
+
+        revision = recipes.git_revision()
+        typer.echo(f"pvtcap {__version__}" + (f" ({revision})" if revision else ""))
         raise typer.Exit
 
 

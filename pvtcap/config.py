@@ -171,6 +171,12 @@ class TrainConfig(_Section):
     stall_minutes: PositiveFloat = Field(
         10.0, description="A rank that has not moved for so long is named, with what it was at, and the run ends."
     )
+    device_peak_tflops: PositiveFloat | None = Field(
+        None, description="What a device can do at best, for speed/mfu; null: known of NVIDIA's usual ones."
+    )
+    profile_steps: NonNegativeInt = Field(
+        0, description="Trace so many steps of rank 0, after the third: RUN/profile, for Perfetto or chrome://tracing."
+    )
     compile: bool = Field(False, description="torch.compile of the decoder.")
     activation_checkpointing: bool = Field(
         False, description="Compute the decoder's activations again in the backward pass: less memory, a third slower."

@@ -29,6 +29,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
+        self.row_losses_B = torch.zeros(0)  # of the last forward pass: which photos cost how much
         bert_config: Any = BertConfig(  # type: ignore[call-arg]  # takes any setting
             vocab_size=vocab_size,
             hidden_size=config.decoder_width,
@@ -78,12 +79,15 @@ class Decoder(nn.Module):
         labelled_BT = labels_BT != IGNORE
         # The vocabulary is the widest matrix here: only rows that have a label go through it.
         logits_NV = self.lm.cls(hidden_BTD[labelled_BT])
-        return functional.cross_entropy(
+        losses_N = functional.cross_entropy(
             logits_NV.float(),
             labels_BT[labelled_BT],
-            reduction="sum",
+            reduction="none",
             label_smoothing=self.label_smoothing if self.training else 0.0,
         )
+        rows_N = labelled_BT.nonzero()[:, 0]
+        self.row_losses_B = losses_N.new_zeros(len(labels_BT)).index_add_(0, rows_N, losses_N.detach())
+        return losses_N.sum()
 
     @torch.inference_mode()
     def generate(self, patches_BPD: Tensor, prefix: list[int], end_id: int, pad_id: int, how: EvaluateConfig) -> Tensor:

@@ -133,12 +133,8 @@ class Engine:
         if world.device.type == "cpu":
             load_cpu_communication()
         groups = parameter_groups(model, config.optim)
-        adamw = torch.optim.AdamW(
-            groups,
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            fused=world.device.type == "cuda" or config.zero.offload != "none",
-        )
+        # Fused: one pass over memory instead of ten, on CPUs as well.
+        adamw = torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
         self.world, self.config, self.model = world, config, model
         # The names, since ZeRO-3 hides sizes and DeepSpeed may not be asked which parameters it holds.
         self._trainable = model.trainable()
@@ -163,6 +159,10 @@ class Engine:
         # DeepSpeed averages gradients over ranks, and would divide by accumulation: ours are sums over a global count.
         self.deepspeed.backward(loss_sum * (scale * self.world.size), scale_wrt_gas=False)
         return float(loss_sum.detach())
+
+    def row_losses(self) -> list[float]:
+        """Sums of the losses of each row (nats), of the last ``forward_backward``."""
+        return [float(loss) for loss in self.model.decoder.row_losses_B]
 
     def gradients_are_finite(self) -> bool:
         """Whether those of this rank were, in all backward passes since last asked.

@@ -5,7 +5,8 @@
     ├── ShardError          a shard folder, a tar, an index, a manifest, a photo or a caption
     ├── CheckpointError     a checkpoint folder, or weights that do not fit the model
     ├── TrainError          a run that must not go on (a loss that is not finite, say)
-    └── EvaluationError     captions that do not cover the data, or a scorer that cannot start
+    ├── EvaluationError     captions that do not cover the data, or a scorer that cannot start
+    └── MachineError        what the machine lacks (memory, disk, network, a compiler), said by a library
 
 A message says what is wrong, where, what was found, what was wanted and what to do, in that order, each only where
 it is known. A mistake of the programmer is an ``AssertionError`` instead, and keeps its traceback.
@@ -69,6 +70,10 @@ class TrainError(PvtcapError):
 
 class EvaluationError(PvtcapError):
     """An evaluation whose result would not be trustworthy."""
+
+
+class MachineError(PvtcapError):
+    """Something that the machine lacks: memory, disk, a network, a compiler, another rank."""
 
 
 def _rebuild(

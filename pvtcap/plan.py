@@ -1,63 +1,39 @@
 """What a run will be before it runs: batches, steps, memory a rank by ZeRO stage, checkpoints, the line to submit it.
 
-No GPU, weights or network are needed: parameters are counted on torch's ``meta`` device.
-
-Memory of one of n ranks, in bytes; P parameters train and F are frozen, each of w bytes (4, or 2 in 16 bits):
-
-    weights      ZeRO 0-2: w (P + F)        ZeRO 3: w (P + F) / n, and w × P while a layer's are gathered, at worst
-    master       ZeRO 0: 4 P if w is 2      ZeRO 1-3: 4 P / n, in fp32 too: DeepSpeed keeps a copy
-    AdamW        ZeRO 0: 8 P                ZeRO 1-3: 8 P / n
-    gradients    ZeRO 0: w P                ZeRO 1: w P + 4 P / n       ZeRO 2, 3: 4 P / n
-    buffers      ZeRO 0: 0                  ZeRO 1-3: w min(P, 5e8), DeepSpeed's bucket for reducing them
-    activations  of a micro-batch of B photos with T packed tokens each, L layers of width D, feed-forward D', V pieces:
-                 B T L (20 D + 2 D') w for what each layer keeps, and 8 B T V for logits and their gradient in float32
-    base         what Python, torch and DeepSpeed take by themselves: 0.6 GB of a rank's host memory
-
-From DeepSpeed 0.19's stage_1_and_2.py and stage3.py; activations after Korthikanti et al., "Reducing Activation
-Recomputation in Large Transformer Models", 2022, counted anew for this decoder. benchmarks/memory.py compares
-them with what ranks really take; so far they are known to be a quarter low for ZeRO 1 and 2 on one rank.
+No GPU, weights or network are needed: the model is built without values (``dryrun``), and what cannot be known here,
+such as the size of data that lies elsewhere, is said instead of guessed. ``rankmemory`` has the formulas of memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from pvtcap import runlog
-from pvtcap.captioner import Captioner
+from pvtcap import dryrun, runlog
 from pvtcap.config import BatchPlan, Config, batch_plan
+from pvtcap.engine import deepspeed_dict
 from pvtcap.errors import PvtcapError
 from pvtcap.job import length
+from pvtcap.rankmemory import RankMemory, Sizes, rank_memory
 from pvtcap.sources import Sources
 
-BASE_BYTES = 600_000_000
-_BUCKET = 500_000_000  # elements; DeepSpeed's default for reduce_bucket_size
-_TOKENS_A_CAPTION = 14  # COCO's 10.5 words, prompt and end
+_SAMPLED = 512  # captions looked at for their length
+_WORDS = re.compile(r"\w+|[^\w\s]")
+_PIECES_A_WORD = 1.1  # BERT's, of COCO's and Flickr's captions
+_CAPTION_WORDS = 12  # where no caption can be looked at: COCO's mean, 10.5 words and the full stop
+_LONGEST_ROW = 1.25  # of a batch of eight, to the mean one; measured on Flickr8k
+_DEEPSPEED_BUCKET = 500_000_000  # elements; DeepSpeed's default of reduce_bucket_size
 _LEAD_S = 120  # slurm/train.sbatch's --signal
 _DISK_BYTES_S = 500e6  # assumed where nothing has been measured
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes a rank at one ZeRO stage."""
-
-    weights: float
-    master: float
-    optimizer: float
-    gradients: float
-    buffers: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """Of the device."""
-        return self.weights + self.master + self.optimizer + self.gradients + self.buffers + self.activations
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,38 +46,56 @@ class Plan:
     total_steps: int | None
     why_no_steps: str | None
     num_shards: int | None
-    memory: dict[int, Memory]
+    row_tokens: int
+    memory: tuple[RankMemory, ...]
     checkpoint_bytes: int
     checkpoint_seconds: float
     measured: bool
     submit: str
 
     def to_json(self) -> dict[str, Any]:
-        memory = {str(stage): {**vars(one), "total": one.total} for stage, one in self.memory.items()}
-        return {**vars(self), "batches": vars(self.batches), "memory": memory}
+        memory = {str(one.stage): {**asdict(one), "peak": one.peak} for one in self.memory}
+        return {**asdict(self), "memory": memory}
 
 
 def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
     """Raises ConfigError where the global batch does not divide."""
     ranks = nodes * gpus_per_node
     batches = batch_plan(config.data, ranks)
-    trainable, frozen = count_parameters(config)
-    total_steps, shards, why = None, None, None
+    total_steps, shards, why, features = config.train.steps, None, None, None
+    pieces = _CAPTION_WORDS * _PIECES_A_WORD
     try:
         sources = Sources.open(config.data)
-        total_steps, shards = length(config, sources.num_samples), sum(map(len, sources.sizes))
     except PvtcapError as error:
-        total_steps, why = config.train.steps, str(error)
-    size = trainable * (16 if config.precision == "fp32" else 18)
+        why = str(error)
+    else:
+        total_steps, shards = length(config, sources.num_samples), sum(map(len, sources.sizes))
+        features = sources.shardsets[0].manifest.features
+        pieces = _caption_pieces(sources)
+    model = dryrun.meta_captioner(config, _vocab_size(config))
+    sizes = Sizes.of(model)
+    row_tokens = _row_tokens(config, pieces)
+    prompt = len(_WORDS.findall(config.text.prompt)) * config.data.captions_per_photo  # its tokens are not predicted
+    step = dryrun.step_bytes(
+        model,
+        photos=batches.micro_batch,
+        image_px=config.data.image_px,
+        tokens=row_tokens,
+        labels=batches.micro_batch * max(1, row_tokens - prompt),
+        features=None if features is None else features.shape,
+    )
+    bucket = deepspeed_dict(config, batches)["zero_optimization"].get("reduce_bucket_size", _DEEPSPEED_BUCKET)
+    size = sizes.trained * (16 if config.precision == "fp32" else 18)
     seconds = _measured_save(config.run.dir)
     return Plan(
         batches=batches,
-        trainable=trainable,
-        frozen=frozen,
+        trainable=sizes.trained,
+        frozen=sizes.frozen,
         total_steps=total_steps,
         why_no_steps=why,
         num_shards=shards,
-        memory={stage: memory(config, stage, ranks, trainable, frozen, batches.micro_batch) for stage in range(4)},
+        row_tokens=row_tokens,
+        memory=tuple(rank_memory(sizes, step, stage, config.precision, ranks, bucket) for stage in range(4)),
         checkpoint_bytes=size,
         checkpoint_seconds=size / _DISK_BYTES_S if seconds is None else seconds,
         measured=seconds is not None,
@@ -109,42 +103,26 @@ def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
     )
 
 
-def count_parameters(config: Config) -> tuple[int, int]:
-    """Those that train and those that are frozen; a vocabulary yet to be learned counts as large as it may get."""
-    with torch.device("meta"):
-        model = Captioner(config, _vocab_size(config))
-    trainable = sum(parameter.numel() for parameter in model.trainable().values())
-    return trainable, sum(parameter.numel() for parameter in model.parameters()) - trainable
+def _caption_pieces(sources: Sources) -> float:
+    """Mean pieces of the first captions, counted as words and signs: no vocabulary is needed for that."""
+    first = itertools.islice((caption for group in sources.captions() for caption in group), _SAMPLED)
+    lengths = [len(_WORDS.findall(caption)) for caption in first]
+    return _PIECES_A_WORD * sum(lengths) / max(1, len(lengths))
 
 
-def memory(config: Config, stage: int, ranks: int, trainable: int, frozen: int, micro_batch: int) -> Memory:
-    """The formulas above."""
-    width = 4 if config.precision == "fp32" else 2
-    share = ranks if stage else 1
-    weights = width * (trainable + frozen)
-    if stage == 3:
-        weights = weights // ranks + (width * trainable if ranks > 1 else 0)
-    gradients = {0: width * trainable, 1: width * trainable + 4 * trainable / ranks}.get(stage, 4 * trainable / ranks)
-    return Memory(
-        weights=weights,
-        master=4 * trainable / share if stage or width == 2 else 0,
-        optimizer=8 * trainable / share,
-        gradients=gradients,
-        buffers=width * min(trainable, _BUCKET) if stage else 0,
-        activations=_activations(config, micro_batch, width),
-    )
+def _row_tokens(config: Config, pieces: float) -> int:
+    """Tokens of a packed row: captions × (begin token, prompt, pieces), each cut at ``text.max_tokens``.
 
-
-def _activations(config: Config, micro_batch: int, width: int) -> float:
-    model = config.model
-    tokens = micro_batch * config.data.captions_per_photo * min(_TOKENS_A_CAPTION, config.text.max_tokens)
-    kept = 20 * model.decoder_width + 2 * model.decoder_feedforward
-    layers = 1 if config.train.activation_checkpointing else model.decoder_layers
-    return float(tokens * (layers * kept * width + 8 * _vocab_size(config)))
+    A batch is as long as its longest row.
+    """
+    prompt = 1 + len(_WORDS.findall(config.text.prompt))
+    captions, most = config.data.captions_per_photo, config.text.max_tokens
+    return max(1, math.ceil(min(most * captions, _LONGEST_ROW * min(most, prompt + pieces) * captions)))
 
 
 def _vocab_size(config: Config) -> int:
-    return config.text.vocab_size if config.text.vocab == "train" else 30_524  # BERT's and BLIP's two
+    """A vocabulary yet to be learned counts as large as it may get; else BERT's 30,522 pieces and BLIP's two."""
+    return config.text.vocab_size if config.text.vocab == "train" else 30_524
 
 
 def _measured_save(run: Path) -> float | None:
@@ -165,16 +143,7 @@ def print_plan(found: Plan, config: Config, console: Console) -> None:
         readers = cut.world_size * max(1, config.data.workers)
         console.print(f"{found.num_shards:,} shards in {config.data.lanes} lanes for {readers} reading processes")
     console.print(f"{found.trainable:,} parameters train ({config.train.what}), {found.frozen:,} are frozen")
-    table = Table(
-        title=f"memory a rank in GB, {config.precision}, {cut.world_size} ranks (host: {BASE_BYTES / 1e9} more)"
-    )
-    for column in ("ZeRO", "weights", "master", "AdamW", "gradients", "buffers", "activations", "all"):
-        table.add_column(column, justify="right")
-    for stage, one in found.memory.items():
-        parts = [one.weights, one.master, one.optimizer, one.gradients, one.buffers, one.activations, one.total]
-        mark = " *" if stage == config.zero.stage else ""
-        table.add_row(f"{stage}{mark}", *(f"{part / 1e9:.2f}" for part in parts))
-    console.print(table)
+    console.print(_memory_table(found, config))
     source = "measured" if found.measured else f"at {_DISK_BYTES_S / 1e6:.0f} MB/s"
     gigabytes, seconds = found.checkpoint_bytes / 1e9, found.checkpoint_seconds
     enough = "which leaves time" if found.checkpoint_seconds < _LEAD_S / 2 else "too long: raise --signal's number"
@@ -183,3 +152,21 @@ def print_plan(found: Plan, config: Config, console: Console) -> None:
         f"{enough}"
     )
     console.print(found.submit)
+
+
+def _memory_table(found: Plan, config: Config) -> Table:
+    ranks = found.batches.world_size
+    table = Table(
+        "GiB a rank",
+        title=f"memory, {config.precision}, {ranks} ranks, rows of about {found.row_tokens:,} tokens",
+        title_justify="left",
+    )
+    for one in found.memory:
+        chosen = one.stage == config.zero.stage
+        table.add_column(f"ZeRO-{one.stage}{' *' if chosen else ''}", justify="right", style="bold" if chosen else "")
+    for term in ("parameters", "gradients", "optimizer", "activations", "buffers", "temporary", "base"):
+        table.add_row(term, *(f"{getattr(one, term) / _GIB:.2f}" for one in found.memory))
+    table.add_section()
+    table.add_row("highest, on a CPU", *(f"{one.peak / _GIB:.2f}" for one in found.memory))
+    table.add_row("on a GPU (derived)", *(f"{one.gpu / _GIB:.2f}" for one in found.memory))
+    return table

@@ -98,6 +98,12 @@ class Sources:
         for shardset in self.shardsets:
             yield from shardset.captions()
 
+    @property
+    def names(self) -> list[str]:
+        """Of the ShardSets; those that have the same one are told apart by their place in the list."""
+        names = [shardset.manifest.name for shardset in self.shardsets]
+        return [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
+
     def describe(self) -> list[TrainedOn]:
         """What tells whether a later run has the same data, wherever it lies."""
         return [

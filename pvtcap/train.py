@@ -26,15 +26,20 @@ from pvtcap.config import BatchPlan, Config
 from pvtcap.dist import World
 from pvtcap.engine import Engine, deepspeed_dict, lr_scale
 from pvtcap.errors import TrainError
+from pvtcap.flops import StepFlops
 from pvtcap.job import Job, prepare
 from pvtcap.ledger import Ledger
 from pvtcap.monitor import Monitor, StepStats
 from pvtcap.preemption import Notice
+from pvtcap.profile import profiled
+from pvtcap.rankreading import Losses, merged
 from pvtcap.runfolder import owned
 from pvtcap.shardset import write_json
+from pvtcap.sources import Sources
 from pvtcap.spikes import SpikeWatch
 from pvtcap.stallwatch import StallWatch
 from pvtcap.stream import BadSample, Batch, train_batches
+from pvtcap.text import IGNORE
 from pvtcap.weightreport import weights_table
 from pvtcap.zerostate import refuse_code
 
@@ -59,7 +64,9 @@ def run(
             config.run.dir, job.train, world, start_step=job.start_step, max_bad_fraction=config.data.max_bad_fraction
         )
         ours = deepspeed_dict(config, job.plan)
-        with Monitor(config, ours, world, job.start_step, job.total_steps) as monitor:
+        with Monitor(
+            config, ours, world, job.start_step, job.total_steps, _flops(job, config), job.train.names
+        ) as monitor:
             _introduce(job, config, world, monitor)
             beat = (lambda: None) if watch is None else watch.beat
             after = AfterStep(engine, job, ledger, world, monitor, evaluation, beat)
@@ -88,10 +95,12 @@ def _steps(
     config = engine.config
     batches = train_batches(job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step)
     spikes = SpikeWatch(config.train.spike_sigmas)
-    votes = _votes(world, notice, after.save_is_late)
-    for step in range(job.start_step + 1, job.total_steps + 1):
+    votes, by_source = _votes(world, notice, after.save_is_late), job.train if len(job.train.shardsets) > 1 else None
+    for step in profiled(range(job.start_step + 1, job.total_steps + 1), config, world):
         scale = lr_scale(step, job.total_steps, config.optim)
-        done = train_step(engine, batches, ledger, job.plan, world, step=step, scale=scale, votes=votes)
+        done = train_step(
+            engine, batches, ledger, job.plan, world, step=step, scale=scale, votes=votes, by_source=by_source
+        )
         leave, save = (count > 0 for count in done.votes)
         leave = leave and step < job.total_steps
         monitor.bad_samples(step, done.bad, ledger.num_bad)
@@ -166,9 +175,11 @@ def train_step(
     step: int,
     scale: float,
     votes: Callable[[], tuple[float, ...]] = tuple,
+    by_source: Sources | None = None,
 ) -> Done:
     """One optimizer step on one global batch; the loss is a sum over tokens divided by the global token count.
 
+    ``by_source``: the losses of this rank are told apart by the ShardSet that their photos are of.
     ``votes`` are numbers of this rank that are added up over ranks on the way. Raises TrainError, on all ranks and
     before any weight has changed, when the loss or a gradient is not finite.
     """
@@ -178,12 +189,13 @@ def train_step(
     labels, captions = (sum(getattr(b, name) for b in micro_batches) for name in ("num_labels", "num_captions"))
     num_labels, num_captions, num_bad = map(int, world.sum([labels, captions, ledger.take(micro_batches)]))
     bad = ledger.judge(step) if num_bad else []
-    local_sum = 0.0
+    local_sum, losses = 0.0, list[Losses]()
     for turn, batch in enumerate(micro_batches):
         if turn:
             engine.accumulate()
         torch.manual_seed(dropout_seed(engine.config.run.seed, step, turn, world.rank))
         local_sum += engine.forward_backward(batch, scale=1 / max(1, num_labels))  # 0 where all photos are bad
+        losses += source_losses(batch, engine.row_losses(), by_source) if by_source else []
     broken = not (math.isfinite(local_sum) and engine.gradients_are_finite())
     loss_sum, num_broken, *voted = world.sum([local_sum, broken, *votes()])
     keys = [sample.key for batch in micro_batches for sample in batch.samples]
@@ -199,8 +211,22 @@ def train_step(
         tokens=num_labels,
         seconds=time.perf_counter() - started,
         data_wait_seconds=waited,
+        losses=merged(losses),
     )
     return Done(stats, bad, keys, tuple(voted))
+
+
+def source_losses(batch: Batch, row_losses: list[float], sources: Sources) -> list[Losses]:
+    """Of each row of a batch: its loss and labels, under its ShardSet's number."""
+    labels = (batch.labels != IGNORE).sum(1).tolist()
+    numbers = [sources.locate(place.source, place.shard)[0] for place in batch.places]
+    return [{number: (loss, count)} for number, loss, count in zip(numbers, row_losses, labels, strict=True)]
+
+
+def _flops(job: Job, config: Config) -> StepFlops:
+    tokenizer = job.view.tokenizer
+    features = job.train.shardsets[0].manifest.features is not None
+    return StepFlops.of(config, tokenizer.size, len(tokenizer.prefix) - 1, features)
 
 
 def dropout_seed(seed: int, step: int, turn: int, rank: int) -> int:

@@ -1,0 +1,132 @@
+"""Memory of one rank of a training run, term by term, for each ZeRO stage.
+
+P are the elements of what trains, F those of what is frozen, n the ranks, p = P / n a rank's part, e the bytes of an
+element of the dtype that trains (4, or 2 in 16 bits), b = min(P, ``reduce_bucket_size``) the elements that DeepSpeed
+gathers before it reduces gradients. Rajbhandari et al., "ZeRO", 2020, has the first three terms; the others come from
+reading DeepSpeed 0.19 and from measuring it on CPUs, and ``benchmarks/memory.py`` compares the sum with ranks.
+
+    parameters    e (P + F); ZeRO-3: e (P + F) / n
+    optimizer     float32 master weights and Adam's two moments: 12 p; ZeRO-0 in float32: 8 P, the parameters being
+                  their own master; ZeRO-0 in 16 bits: 12 P
+    activations   what the forward pass keeps for the backward pass: counted by ``dryrun``
+    gradients, buffers, temporary
+                  at the higher one of two points, since not all are there at the same time:
+                  the end of the backward pass, when gradients are reduced
+                      ZeRO-0      gradients e P, and their flat copy e b
+                      ZeRO-1, 2   the bucket 4 b (e b in ZeRO-2), and its flat copy
+                      ZeRO-3      a rank's part 4 p, the bucket e b, and twice that for reducing it; and with more
+                                  than one rank the gathered parameters e P (DeepSpeed keeps what is used again within
+                                  ``max_reuse_distance``, 10^9 elements, and these models are smaller)
+                  the optimizer's step
+                      ZeRO-0      gradients e P
+                      ZeRO-1, 2   a rank's part 4 p and its flat copy 4 p
+                      ZeRO-3      the same, the bucket, which stays, and the gathered parameters, as malloc does
+    base          on CPUs only: Python, torch, transformers and DeepSpeed, before there is a model (measured)
+
+Freed memory is not all given back: small blocks stay with glibc's malloc, so activations count in the step as well, and
+``temporary`` has a share of P and a constant that were measured. On a GPU there are none of these, but buckets are
+there in full: ``gpu`` is derived, not measured. AdamW is fused and has no temporaries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from pvtcap.captioner import Captioner
+from pvtcap.dryrun import StepBytes
+
+MIB = 1 << 20
+BASE = 790 * MIB  # measured: torch 2.14 (a build with CUDA), DeepSpeed 0.19, transformers 5.24 on Linux
+RESIDUE = 100 * MIB  # measured: what malloc keeps of a step beside the activations and the share below
+RESIDUE_OF_WEIGHTS = (0.0, 0.75, 0.4, 0.5)  # measured: share of e P, for each stage
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a model: those that train, and those that do not."""
+
+    trained: int
+    frozen: int
+
+    @classmethod
+    def of(cls, model: Captioner) -> Self:
+        trained = sum(parameter.numel() for parameter in model.trainable().values())
+        return cls(trained, sum(parameter.numel() for parameter in model.parameters()) - trained)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at the highest point of a step; the terms but ``gpu`` add up to ``peak``."""
+
+    stage: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    temporary: int
+    base: int
+    gpu: int
+
+    @property
+    def peak(self) -> int:
+        """Highest resident memory of a rank on a CPU."""
+        held = self.parameters + self.gradients + self.optimizer + self.activations
+        return held + self.buffers + self.temporary + self.base
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What is there at one point of a step beside parameters, optimizer and activations."""
+
+    gradients: int
+    buffers: int
+    temporary: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.buffers + self.temporary
+
+
+def rank_memory(
+    sizes: Sizes, step: StepBytes, stage: int, precision: str, ranks: int, bucket_elements: int
+) -> RankMemory:
+    """Memory of each of ``ranks`` at a ZeRO ``stage``; ``bucket_elements`` is DeepSpeed's reduce_bucket_size."""
+    element = 4 if precision == "fp32" else 2
+    whole, part = sizes.trained, -(-sizes.trained // ranks)
+    parameters = element * (whole + sizes.frozen)
+    if stage == 3:
+        parameters = -(-parameters // ranks)
+    optimizer = 12 * part
+    if stage == 0:
+        optimizer = (8 if precision == "fp32" else 12) * whole
+    points = _points(stage, element, sizes, part, min(whole, bucket_elements))
+    highest = max(points, key=lambda point: point.total)
+    gathered = element * whole if stage == 3 and ranks > 1 else 0
+    residue = RESIDUE + round(RESIDUE_OF_WEIGHTS[stage] * element * whole)
+    gradients = 4 * part if stage >= 2 else element * whole
+    return RankMemory(
+        stage=stage,
+        parameters=parameters,
+        gradients=highest.gradients,
+        optimizer=optimizer,
+        activations=step.saved,
+        buffers=highest.buffers + gathered,
+        temporary=highest.temporary + residue,
+        base=BASE,
+        gpu=parameters + gradients + optimizer + step.peak + gathered + element * (bucket_elements if stage else 0),
+    )
+
+
+def _points(stage: int, element: int, sizes: Sizes, part: int, bucket: int) -> tuple[_Point, _Point]:
+    """The end of the backward pass, and the optimizer's step."""
+    whole = sizes.trained
+    if stage == 0:
+        gradients = element * whole
+        return _Point(gradients, element * bucket), _Point(gradients, 0)
+    staged = element if stage >= 2 else 4
+    step = _Point(4 * part, staged * bucket if stage == 3 else 0, 4 * part)
+    if stage == 3:
+        return _Point(4 * part, 3 * staged * bucket), step
+    return _Point(0, 2 * staged * bucket), step
