@@ -81,9 +81,11 @@ def test_a_run_leaves_what_its_watchers_look_for(run_ranks: RankFunction, tree: 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
-        "train/loss", "train/perplexity", "train/lr", "train/grad_norm", "speed/images_per_second",
-        "speed/captions_per_second", "speed/step_seconds", "data/wait_share", "val/loss", "val/perplexity",
-        "val/seconds", "checkpoint/seconds",
+        "train/loss", "train/perplexity", "train/lr", "train/lr_encoder", "train/grad_norm",
+        "speed/images_per_second", "speed/images_per_second_per_device", "speed/captions_per_second",
+        "speed/captions_per_second_per_device", "speed/tokens_per_second", "speed/step_seconds",
+        "speed/model_tflops_per_device", "data/wait_share", "data/wait_share_worst", "data/wait_worst_rank",
+        "memory/host_gib", "val/loss", "val/perplexity", "val/seconds", "checkpoint/seconds",
     }  # fmt: skip
     assert [event.step for event in events.Scalars("val/loss")] == [0, 3, 6]
     shown = [event.value for event in events.Scalars("train/loss")]
