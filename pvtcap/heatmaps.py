@@ -32,7 +32,7 @@ from pvtcap.scoring import Photos
 from pvtcap.shardset import ShardSet
 from pvtcap.text import CaptionTokenizer
 
-_DARKEST = 0.15  # of the photo's brightness, where the model does not look
+_GREY, _HEAT = 0.75, 0.75  # of the photo's brightness, and how much the colour covers of it at most
 _PICTURE_PX, _QUALITY = 160, 80
 
 
@@ -60,11 +60,15 @@ def word_maps(model: Captioner, tokenizer: CaptionTokenizer, photo_3HW: Tensor, 
     return maps
 
 
-def spotlight(photo: Image.Image, attention: NDArray[np.float32]) -> Image.Image:
-    """The photo, bright where the model looks and dark where it does not; the most attended place is as it was."""
-    relative = Image.fromarray(attention / attention.max()).resize(photo.size, Image.Resampling.BICUBIC)
-    light = _DARKEST + (1 - _DARKEST) * np.clip(np.asarray(relative), 0, 1)
-    return Image.fromarray((np.asarray(photo, dtype=np.float32) * light[..., None]).round().astype(np.uint8))
+def heated(photo: Image.Image, attention: NDArray[np.float32]) -> Image.Image:
+    """The photo in grey, red where the model looks and yellow where it looks most, also where the photo is dark."""
+    span = float(np.ptp(attention)) or 1.0
+    heat = Image.fromarray((attention - attention.min()) / span).resize(photo.size, Image.Resampling.BICUBIC)
+    heat_HW1 = np.clip(np.asarray(heat), 0, 1)[..., None]
+    grey_HW1 = _GREY * np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
+    colour_HW3 = np.concatenate([np.full_like(heat_HW1, 255), 220 * heat_HW1, np.zeros_like(heat_HW1)], axis=2)
+    mixed_HW3 = grey_HW1 + _HEAT * heat_HW1 * (colour_HW3 - grey_HW1)
+    return Image.fromarray(mixed_HW3.round().astype(np.uint8))
 
 
 class HeatMaps:
@@ -87,7 +91,7 @@ class HeatMaps:
                 image.thumbnail((_PICTURE_PX, _PICTURE_PX))
                 small = image.convert("RGB")
             maps = word_maps(self.model, self.tokenizer, shown.to(self.device), row["caption"])
-            found[key] = [WordPicture(one.word, _jpeg(spotlight(small, one.attention))) for one in maps]
+            found[key] = [WordPicture(one.word, _jpeg(heated(small, one.attention))) for one in maps]
         return found
 
 

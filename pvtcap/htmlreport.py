@@ -24,7 +24,7 @@ figure { margin: 0; } figure img { width: 100%; height: 200px; object-fit: conta
 figcaption b { display: block; margin: .3rem 0 .1rem; } figcaption ul { margin: .2rem 0 0; padding-left: 1.1rem;
 color: #666; font-size: 13px; } details { font-size: 13px; } summary { color: #666; cursor: pointer; }
 .words { display: flex; flex-wrap: wrap; gap: 4px; } .words span { width: 80px; text-align: center; }
-.words img { width: 80px; height: 80px; } .score { float: right; margin-left: .6rem; color: #666; font-size: 13px; }
+.words img { width: 80px; height: auto; } .score { float: right; margin-left: .6rem; color: #666; font-size: 13px; }
 """
 
 

@@ -19,7 +19,7 @@ from pvtcap.captioner import Captioner
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError
-from pvtcap.heatmaps import spotlight, word_maps
+from pvtcap.heatmaps import heated, word_maps
 from pvtcap.htmlreport import WordPicture, page, shown
 from pvtcap.text import CaptionTokenizer
 
@@ -70,13 +70,15 @@ def test_a_words_map_is_that_of_the_tokens_that_chose_its_pieces(model: tuple[Ca
     assert word_maps(captioner, tokenizer, photo, "") == []
 
 
-def test_the_photo_is_bright_where_it_looks() -> None:
+def test_the_photo_is_grey_and_hot_where_it_looks() -> None:
     attention = np.zeros((3, 3), dtype=np.float32)
     attention[0, 2] = 1.0
-    lit = np.asarray(spotlight(Image.new("RGB", (90, 60), (200, 100, 50)), attention), dtype=int)
-    assert lit.shape == (60, 90, 3)
-    assert lit[0, 89].tolist() == [200, 100, 50]
-    assert lit[59, 0].tolist() == [30, 15, 8]
+    hot = np.asarray(heated(Image.new("RGB", (90, 60), (200, 200, 200)), attention), dtype=int)
+    assert hot.shape == (60, 90, 3)
+    assert hot[59, 0].tolist() == [150, 150, 150]
+    assert hot[0, 89].tolist() == pytest.approx([229, 202, 38], abs=1)  # a quarter of the grey, three of the yellow
+    even = np.asarray(heated(Image.new("RGB", (9, 6), (200, 200, 200)), np.full((3, 3), 1 / 9, dtype=np.float32)))
+    assert (even == 150).all()
 
 
 def test_the_report_shows_them_folded_up(shapes: Path, tmp_path: Path) -> None:
