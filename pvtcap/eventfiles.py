@@ -16,10 +16,11 @@ from PIL import Image
 from pvtcap.config import Config
 
 _SCORED = ("val/loss", "val/CIDEr", "val/Bleu_4", "val/METEOR", "val/ROUGE_L", "train/loss")
+_SOURCES = "loss of each source"
 CHARTS = {
     "learning": {
         "loss": ("train/loss", "val/loss"),
-        "loss of each source": ("train/loss_of/.*",),
+        _SOURCES: ("train/loss_of/.*",),
         "perplexity": ("train/perplexity", "val/perplexity"),
         "gradient norm": ("train/grad_norm",),
         "learning rates": ("train/lr", "train/lr_encoder"),
@@ -56,6 +57,8 @@ class EventFiles:
             category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in titles.items()}
             for category, titles in CHARTS.items()
         }
+        if len(config.data.train) < 2:
+            del charts["learning"][_SOURCES]  # it would be empty
         self._writer.add_custom_scalars(charts)
         if not start_step:
             # SummaryWriter.add_hparams would make another run of it; the scores are those that the run writes anyway.
