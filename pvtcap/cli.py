@@ -1,8 +1,8 @@
 """The ``pvtcap`` command. Imports are inside the commands: ``pvtcap --help`` loads no torch.
 
-A PvtcapError becomes one line on standard error and exit code 2, and so does what a library says of the machine
-(``libraryerrors``); anything else is a bug and keeps its traceback. A training run that was asked to stop, and can go
-on, ends with exit code 75.
+A PvtcapError becomes one line on standard error and exit code 2; what a library says of the machine (``libraryerrors``)
+a line and exit code 1; anything else is a bug and keeps its traceback. A training run that was asked to stop, and can
+go on, ends with exit code 75.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from pvtcap import __version__, evaluationcommands, modelcommands, processes
-from pvtcap.errors import PvtcapError
+from pvtcap.errors import MachineError, PvtcapError
 from pvtcap.libraryerrors import explaining
 
 app = typer.Typer(
@@ -25,8 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 done; 1 doctor, audit or verify found something, or a bug; 2 a mistake, which one line "
-    "explains; 75 asked to stop, with a checkpoint to go on from; 128 + N ended by signal N.",
+    epilog="Exit codes: 0 done; 1 doctor, audit or verify found something, the machine failed, or a bug; 2 a mistake, "
+    "which one line explains; 75 asked to stop, with a checkpoint to go on from; 128 + N ended by signal N.",
 )
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -43,7 +43,8 @@ def main() -> None:
         if not error.told:
             rank = os.environ.get("RANK", "0")
             print(f"pvtcap: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        code = 2
+        # Slurm's launcher queues a job again whose machine failed, and none that is a mistake.
+        code = 1 if isinstance(error, MachineError) else 2
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # Other ranks may sit in a collective that will never end, and so may this one's threads.
             sys.stdout.flush()

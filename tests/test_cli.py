@@ -189,7 +189,7 @@ def test_shards_as_json(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_words_about_pvtcap_itself(tmp_path: Path) -> None:
-    assert re.fullmatch(r"pvtcap \d+\.\d+\.\d+\S*\n", pvtcap("--version").stdout)
+    assert re.fullmatch(r"pvtcap \d+\.\d+\.\d+\S*( \([0-9a-f]{40}\+?\))?\n", pvtcap("--version").stdout)
     assert pvtcap("where", "launch/local.sh").stdout.strip() == str(ROOT / "launch/local.sh")
     assert pvtcap("copy", "configs/shapes.yaml", cwd=tmp_path).returncode == 0
     assert (tmp_path / "shapes.yaml").is_file()

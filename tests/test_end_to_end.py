@@ -48,7 +48,7 @@ def test_flickr8k_from_photos_to_captions(tree: dict[str, Any], tmp_path: Path) 
     assert "val loss" in shell(f"{local} train photos.yaml evaluate.every_steps=5", tmp_path).stdout
     lines = [json.loads(line) for line in (tmp_path / "runs/photos/log.jsonl").read_text().splitlines()]
     kinds = Counter(line["kind"] for line in lines)
-    assert kinds == {"train": 5, "val": 2, "checkpoint": 1, "evaluate": 1}
+    assert kinds == {"train": 5, "val": 2, "checkpoint": 1, "captions": 1, "evaluate": 1}
     shell(f"{local} evaluate runs/photos --data data/val --num-beams 1 --out out", tmp_path)
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert sorted(row["image_id"] for row in results) == sorted(Path(name).stem for name in names[40:52])

@@ -46,7 +46,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_memory_that_is_not_there() -> None:
     done = run("import torch; torch.empty(1 << 50)")
-    assert done.returncode == 2
+    assert done.returncode == 1
     line = one_line(done.stderr)
     assert "this machine's memory is full; got" in line
     assert "Lower data.micro_batch" in line
@@ -59,7 +59,7 @@ def test_a_port_that_another_has() -> None:
         taken.listen()
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         done = run("from pvtcap.dist import World; World.start()", **where, RANK="0", WORLD_SIZE="2")
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "the port at which ranks meet is in use" in one_line(done.stderr)
 
 
@@ -75,7 +75,7 @@ def test_no_compiler(tmp_path: Path, tree: dict[str, Any]) -> None:
         env={"PATH": str(tools), "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.returncode == 1, done.stderr[-3000:]
     line = one_line(done.stderr)
     assert "DeepSpeed could not compile what it needs" in line
     assert f"{tree['run']['dir']}/errors/" in line
