@@ -60,6 +60,14 @@ def evaluating(config: Config, changed: dict[str, Any]) -> EvaluateConfig:
     return parse({**tree, "evaluate": {**tree["evaluate"], **changed}}, where="evaluate").evaluate
 
 
+def flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A configuration's tree as ``section.key`` and value; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
+
+
 def _override(tree: dict[str, Any], word: str) -> None:
     dotted, equals, value = word.partition("=")
     if not equals or not dotted:

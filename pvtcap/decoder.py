@@ -57,7 +57,10 @@ class Decoder(nn.Module):
     def prepare_training(self, *, checkpointing: bool, compiled: bool) -> None:
         """Trade time for memory, or the first steps' time for that of all others; neither changes parameters' names."""
         if checkpointing:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 changed its name on the way, and v6 takes the first away.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(self.lm, name) for name in names if hasattr(self.lm, name))
+            enable({"use_reentrant": False})
         if compiled:
             self.lm.bert.compile()
 

@@ -72,6 +72,7 @@ def meta_captioner(config: Config, vocab_size: int) -> Captioner:
     """The model without values, in the dtype that it trains in, and in training mode."""
     with torch.device("meta"):
         model = Captioner(config, vocab_size)
+    model.decoder.prepare_training(checkpointing=config.train.activation_checkpointing, compiled=False)
     return model.cast(config.precision).train()
 
 

@@ -1,12 +1,12 @@
 """Every error that pvtcap raises on purpose.
 
-    PvtcapError             a user can mend it; the command line prints one line and exits with code 2
+    PvtcapError             a user can mend it; the command line prints one line and exits with code 2, but for
     ├── ConfigError         a configuration file, an override or a command-line option
     ├── ShardError          a shard folder, a tar, an index, a manifest, a photo or a caption
     ├── CheckpointError     a checkpoint folder, or weights that do not fit the model
     ├── TrainError          a run that must not go on (a loss that is not finite, say)
     ├── EvaluationError     captions that do not cover the data, or a scorer that cannot start
-    └── MachineError        what the machine lacks (memory, disk, network, a compiler), said by a library
+    └── MachineError        what the machine lacks (memory, disk, network, a compiler), said by a library: code 1
 
 A message says what is wrong, where, what was found, what was wanted and what to do, in that order, each only where
 it is known. A mistake of the programmer is an ``AssertionError`` instead, and keeps its traceback.

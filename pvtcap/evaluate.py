@@ -13,7 +13,6 @@ What a rank has captioned it keeps in OUT/parts until all is merged: an evaluati
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -71,8 +70,7 @@ def run(
 def _heat_maps(checkpoint: Path, data: str | Path, world: World, how: EvaluateConfig, blank: bool) -> scoring.HeatMaps:
     """The model once more: where there is nothing left to caption, it has not been read."""
     chosen = Checkpoint.open(checkpoint)
-    maps = heatmaps.HeatMaps(chosen, world.device, open_shardset(data, chosen.config.data), how)
-    return functools.partial(maps, blank=blank)
+    return heatmaps.HeatMaps(chosen, world.device, open_shardset(data, chosen.config.data), how, blank=blank)
 
 
 def caption_all(

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pvtcap.config import Config
+from pvtcap.configfile import flat
 
 _SCORED = ("val/loss", "val/CIDEr", "val/Bleu_4", "val/METEOR", "val/ROUGE_L", "train/loss")
 _SOURCES = "loss of each source"
@@ -84,15 +85,6 @@ class EventFiles:
 
 
 def _flat(config: Config) -> dict[str, bool | int | float | str]:
-    """The configuration as TensorBoard takes it: ``optim.lr`` and its value, what is not a number as text."""
-    flat: dict[str, bool | int | float | str] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{name}.{key}" if name else key, inner)
-        else:
-            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
-
-    add("", config.model_dump(mode="json"))
-    return flat
+    """As TensorBoard takes it: what is not a number as text."""
+    tree = flat(config.model_dump(mode="json"))
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in tree.items()}

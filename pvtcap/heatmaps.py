@@ -1,6 +1,6 @@
 """Where a captioner looks for each word of a caption: its cross-attention, drawn over the photo.
 
-    pictures = HeatMaps(checkpoint, device, shardset)(rows)      # of captions.jsonl
+    pictures = HeatMaps(checkpoint, device, shardset, how, blank=False)(rows)      # of captions.jsonl
     pictures["1000268201"][0].word, pictures["1000268201"][0].jpeg
 
 A word's map is that of the token before it, whose output chose the word: the softmax of its queries over the photo's
@@ -72,21 +72,24 @@ def heated(photo: Image.Image, attention: NDArray[np.float32]) -> Image.Image:
 
 
 class HeatMaps:
-    """Pictures for rows of captions.jsonl, by a checkpoint's model. Raises EvaluationError for features of photos."""
+    """Pictures for rows of captions.jsonl, by a checkpoint's model. The ShardSet has passed ``check``.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, shardset: ShardSet, how: EvaluateConfig) -> None:
-        check(shardset)
-        self.config = checkpoint.config.data
+    ``blank``: the model is shown grey pictures, as it was for these captions.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, shardset: ShardSet, how: EvaluateConfig, *, blank: bool
+    ) -> None:
+        self.side_px, self.blank = checkpoint.config.data.image_px, blank
         self.model = checkpoint.captioner(device, [shardset]).cast(how.precision)
         self.tokenizer, self.photos, self.device = checkpoint.tokenizer(), Photos(shardset), device
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], *, blank: bool = False) -> dict[str, list[WordPicture]]:
-        """By key. ``blank``: the model is shown grey pictures, as it was for these captions."""
-        side_px = self.config.image_px
-        found = {}
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[WordPicture]]:
+        """By key."""
+        found, side_px = {}, self.side_px
         for row in rows:
             key = row["key"]
-            shown = pixels.blank(side_px) if blank else pixels.whole(self.photos.encoded(key), key, side_px)
+            shown = pixels.blank(side_px) if self.blank else pixels.whole(self.photos.encoded(key), key, side_px)
             with Image.open(io.BytesIO(self.photos.read(key))) as image:
                 image.thumbnail((_PICTURE_PX, _PICTURE_PX))
                 small = image.convert("RGB")

@@ -12,11 +12,13 @@ import numpy as np
 
 NUM_WORST, NUM_BEST, NUM_RANDOM, SEED = 20, 12, 12, 0
 
-_STYLE = """
+_FRAME = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #1c1c1c; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.about { color: #666; margin-top: 0; } .note { color: #8a4b00; }
-table { border-collapse: collapse; display: inline-table; margin: 0 2.5rem 1rem 0; vertical-align: top; }
+.about { color: #666; margin-top: 0; } table { border-collapse: collapse; }
+"""
+_STYLE = """
+.note { color: #8a4b00; } table { display: inline-table; margin: 0 2.5rem 1rem 0; vertical-align: top; }
 td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e4e4e4; } td.number { text-align: right;
 font-variant-numeric: tabular-nums; } td.interval { color: #666; font-variant-numeric: tabular-nums; }
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(255px, 1fr)); gap: 1.2rem; }
@@ -66,15 +68,25 @@ def page(
     body = "".join(
         f"<h2>{title}</h2>{_photos(rows, photo, pictures or {})}" for title, rows in _sections(ranked).items()
     )
-    title = f"Captions of {escape(str(report['data']))}"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
+    return document(
+        f"Captions of {report['data']}",
         f'<p class="about">{escape(" · ".join(filter(None, words)))}</p>'
         f"{_scores(report)}{''.join(f'<p class=note>{escape(note)}</p>' for note in notes)}"
         '<p class="about">Intervals are 95%, by bootstrap over photos. Photos are ranked by their own CIDEr, '
-        f"equal ones by ROUGE-L.</p>{body}</body></html>\n"
+        f"equal ones by ROUGE-L.</p>{body}",
+        _STYLE,
     )
+
+
+def document(title: str, body: str, style: str) -> str:
+    """A whole page: its title as plain text, HTML below it, and what CSS it has besides the frame that all share."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_FRAME}{style}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{escape(title)}</h1>{body}</body></html>\n'
+
+
+def inline(picture: bytes, kind: str = "jpeg") -> str:
+    """A picture as the address of itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def shown(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -120,7 +132,7 @@ def _photos(
         references = "".join(f"<li>{escape(reference)}</li>" for reference in row["references"])
         caption, key = escape(row["caption"]) or "<i>nothing</i>", escape(row["key"])
         figures.append(
-            f'<figure><img src="{_inline(photo(row["key"]))}" alt="{key}" title="{key}">'
+            f'<figure><img src="{inline(photo(row["key"]))}" alt="{key}" title="{key}">'
             f'<figcaption><span class="score">{score}</span><b>{caption}</b>{_words(pictures.get(row["key"], ()))}'
             f"<ul>{references}</ul></figcaption></figure>"
         )
@@ -129,9 +141,5 @@ def _photos(
 
 def _words(pictures: Sequence[WordPicture]) -> str:
     """Folded up, as most who read the page look at a few photos only."""
-    spans = "".join(f'<span><img src="{_inline(one.jpeg)}" alt="">{escape(one.word)}</span>' for one in pictures)
+    spans = "".join(f'<span><img src="{inline(one.jpeg)}" alt="">{escape(one.word)}</span>' for one in pictures)
     return f'<details><summary>where it looked</summary><div class="words">{spans}</div></details>' if spans else ""
-
-
-def _inline(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

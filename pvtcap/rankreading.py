@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import psutil
 import torch
 
 GIB = 1 << 30
@@ -27,21 +25,12 @@ class RankReading:
 
     @classmethod
     def take(cls, wait_seconds: float, losses: Losses, device: torch.device) -> RankReading:
+        host = psutil.Process().memory_info().rss  # of this process; those that decode are others
         if device.type != "cuda":
-            return cls(wait_seconds, resident_bytes(), 0, 0, losses)
+            return cls(wait_seconds, host, 0, 0, losses)
         gpu, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return cls(wait_seconds, resident_bytes(), gpu, reserved, losses)
-
-
-def resident_bytes() -> int:
-    """Of this process, now; decoding processes are others."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux: the highest so far
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-    return pages * resource.getpagesize()
+        return cls(wait_seconds, host, gpu, reserved, losses)
 
 
 def merged(parts: Sequence[Mapping[int, tuple[float, int]]]) -> Losses:

@@ -7,7 +7,6 @@ All of it is from the run folders' log.jsonl, config.yaml, environment.json and 
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Sequence
@@ -20,7 +19,9 @@ from typing import Any
 import yaml
 
 from pvtcap import runlog
+from pvtcap.configfile import flat
 from pvtcap.errors import ConfigError
+from pvtcap.htmlreport import document, inline
 from pvtcap.stepfolders import step_of
 
 CHARTS = (
@@ -37,12 +38,10 @@ CHARTS = (
 _SCORES = ("val/CIDEr", "val/Bleu_4", "val/METEOR", "val/ROUGE_L", "val/SPICE")
 _SHEET = "captions.png"
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #1c1c1c; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } table { border-collapse: collapse; }
 td, th { padding: .2rem 1.1rem .2rem 0; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top;
 font-variant-numeric: tabular-nums; font-weight: normal; } th { color: #666; } .charts { display: grid; gap: 1rem;
 grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); } .charts svg { width: 100%; height: auto; }
-img { max-width: 100%; } .about { color: #666; }
+img { max-width: 100%; }
 """
 
 
@@ -75,7 +74,7 @@ def read(path: Path) -> Run:
         name=path.resolve().name,
         path=path,
         lines=lines,
-        config=_flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))),
+        config=flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))),
         environment=json.loads((path / "environment.json").read_text(encoding="utf-8")),
         sheet=sheets[-1].read_bytes() if sheets else None,
     )
@@ -83,10 +82,8 @@ def read(path: Path) -> Run:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole page."""
-    title = escape(", ".join(run.name for run in runs))
     differing = _differences(runs)
     parts = [
-        f"<h1>{title}</h1>",
         _table(["", *_names(runs)], _summary(runs)),
         "<h2>Curves</h2>",
         f'<div class="charts">{"".join(_charts(runs))}</div>',
@@ -102,12 +99,9 @@ def page(runs: Sequence[Run]) -> str:
     ]
     for run in runs:
         if run.sheet is not None:
-            picture = base64.b64encode(run.sheet).decode()
             parts.append(f"<h2>Captions of {escape(run.name)}, the last ones</h2>")
-            parts.append(f'<img alt="" src="data:image/png;base64,{picture}">')
-    body = "".join(parts)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+            parts.append(f'<img alt="" src="{inline(run.sheet, "png")}">')
+    return document(", ".join(run.name for run in runs), "".join(parts), _STYLE)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -204,10 +198,3 @@ def _charts(runs: Sequence[Run]) -> list[str]:
             figure.savefig(out, format="svg", metadata={"Date": None})
             found.append(out.getvalue()[out.getvalue().index("<svg") :])
     return found
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat

@@ -64,9 +64,8 @@ def run(
             config.run.dir, job.train, world, start_step=job.start_step, max_bad_fraction=config.data.max_bad_fraction
         )
         ours = deepspeed_dict(config, job.plan)
-        with Monitor(
-            config, ours, world, job.start_step, job.total_steps, _flops(job, config), job.train.names
-        ) as monitor:
+        flops = _flops(job, config) if world.is_first else None
+        with Monitor(config, ours, world, job.start_step, job.total_steps, flops, job.train.names) as monitor:
             _introduce(job, config, world, monitor)
             beat = (lambda: None) if watch is None else watch.beat
             after = AfterStep(engine, job, ledger, world, monitor, evaluation, beat)

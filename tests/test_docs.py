@@ -89,7 +89,7 @@ def test_the_reference_of_the_configuration_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference()
 
 
-def test_every_number_of_the_log_is_explained(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_number_of_the_log_is_explained() -> None:
     """What the monitor and the scorers write, in docs/monitoring.md."""
     page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     sources = "".join((ROOT / "pvtcap" / f"{name}.py").read_text() for name in ("monitor", "rankreading"))

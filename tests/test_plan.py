@@ -89,6 +89,13 @@ def test_each_stage_shares_out_what_it_is_for(config: Config) -> None:
     assert halved[2].parameters == four[2].parameters / 2
 
 
+def test_less_is_kept_where_activations_are_computed_again(tree: dict[str, Any]) -> None:
+    tree["model"] |= {"decoder_layers": 6}
+    kept = plan(parse(tree, "test"), "", 1, 1).memory[2].activations
+    tree["train"]["activation_checkpointing"] = True
+    assert plan(parse(tree, "test"), "", 1, 1).memory[2].activations < 0.7 * kept
+
+
 def test_rows_are_as_long_as_the_captions_are(tree: dict[str, Any]) -> None:
     """Of shapes' captions, five to eight words; 12 words, as COCO's are, where there is nothing to look at."""
     there = plan(parse(tree, "test"), "", 1, 1).row_tokens
