@@ -12,7 +12,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +24,9 @@ from pvtcap.errors import PvtcapError
 
 T = TypeVar("T")
 
+# DeepSpeed reads these even for one process.
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
 
 @dataclass(frozen=True)
 class World:
@@ -35,6 +37,7 @@ class World:
     local_rank: int
     device: torch.device
     local_size: int = 1
+    described: tuple[str, ...] = ()  # the environment variables that this process set for itself
 
     @classmethod
     def alone(cls, device: str | None = None) -> Self:
@@ -52,15 +55,17 @@ class World:
         device = _pick_device(local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if "RANK" not in os.environ:
-            # DeepSpeed reads these even for one process.
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-            os.environ["MASTER_PORT"] = str(_free_port())
+        described = () if "RANK" in os.environ else tuple(_ALONE)
+        store = None
+        if described:
+            os.environ.update(_ALONE)
+            store = torch_dist.HashStore()  # nobody to meet, so no port that another process could take
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
         # gloo beside nccl: small values travel on the CPU without touching the GPU's stream.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        return cls(rank, size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        where: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if store else {}
+        torch_dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **where)
+        return cls(rank, size, local_rank, device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), described)
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +74,8 @@ class World:
         # After an error the other ranks may never answer; leaving is all that is safe.
         if torch_dist.is_initialized() and kind is None:
             torch_dist.destroy_process_group()
+        for name in self.described:  # or the processes that come after this one would take themselves for ranks
+            os.environ.pop(name, None)
 
     @property
     def is_first(self) -> bool:
@@ -118,9 +125,3 @@ class World:
 
 def _pick_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -54,3 +55,13 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
     assert world.gather(3) == [3]
     assert world.broadcast("x") == "x"
     assert world.sum([1.0, 2.5]) == [1.0, 2.5]
+
+
+def test_a_process_group_of_one_needs_no_port_and_leaves_the_environment_as_it_was() -> None:
+    before = dict(os.environ)
+    for _ in range(2):
+        with World.start() as world:
+            assert world.sum([2.0]) == [2.0]
+            assert os.environ["LOCAL_RANK"] == "0"  # DeepSpeed asks for it
+        assert not torch.distributed.is_initialized()
+        assert set(os.environ.items() ^ before.items()) <= {("DS_ACCELERATOR", "cpu")}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,19 @@ from pvtcap.dist import World
 from pvtcap.preemption import RESUME_ME, Notice
 
 STEPS = 30
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """A test that fails half-way leaves no run behind that would slow, and no pipe that would fail, those after it."""
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +52,11 @@ def start(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Callable[..
             "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [str(ROOT / "launch" / "local.sh"), "train", str(file), *words]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
+        STARTED.append(process)
+        return process
 
     return begin
 
@@ -61,8 +77,12 @@ def wait_for_step(run: Path, process: subprocess.Popen[str], step: int) -> None:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return sorted((child for child in children if "LOCAL_RANK" in child.environ()), key=lambda c: c.environ()["RANK"])
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # torchrun runs short helpers too
+            if "LOCAL_RANK" in (environment := child.environ()):
+                found[int(environment["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def to_the_agent(process: subprocess.Popen[str]) -> None:
@@ -165,7 +185,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     second = start(run, 1, "train.steps=2000")
     _, err = second.communicate(timeout=90)
     first.send_signal(signal.SIGTERM)
-    assert second.returncode == 2
+    assert second.returncode == 2, err[-4000:]
     assert f"{run}: another run is at work in this run folder" in err
     first.communicate(timeout=60)
     assert first.returncode == RESUME_ME
