@@ -59,7 +59,8 @@ class World:
         store = None
         if described:
             os.environ.update(_ALONE)
-            store = torch_dist.HashStore()  # nobody to meet, so no port that another process could take
+            # Nobody to meet, so no port that another process could take. Documented, but not in torch's __all__.
+            store = torch_dist.HashStore()  # type: ignore[attr-defined]
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
         # gloo beside nccl: small values travel on the CPU without touching the GPU's stream.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
