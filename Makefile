@@ -1,7 +1,9 @@
 # make demo    set up .venv and run the main job on drawn shapes: shards, training, evaluation, captions
+# make setup   .venv with all that is needed; the others do this first
 # make test    set up .venv and run the whole test suite
 # make test-long   the same and what takes minutes more: all ranks × stages, a Slurm job's time limit, compilation
 # make check   lint, formatting, types, and the rule of which module may import which
+# make bench   measure it beside its peers; BENCH='--flickr8k DIR --coco DIR' names the photos that most of it needs
 # make fix     apply what the linter and the formatter can mend
 # make clean   remove what demo made; the .venv stays
 
@@ -11,7 +13,7 @@ export PYTHON := .venv/bin/python
 # Nothing is fetched from a model hub: what demo and the tests need, they make.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-long check fix clean
+.PHONY: setup demo test test-long check bench fix clean
 
 setup: .venv/installed
 
@@ -36,6 +38,9 @@ check: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q tests/test_layers.py
+
+bench: setup
+	$(PYTHON) benchmarks/run.py $(BENCH)
 
 fix: setup
 	$(PYTHON) -m ruff check --fix .

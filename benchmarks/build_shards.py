@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,11 +28,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 
 ROOT = Path(__file__).parents[1]
 SHORT_SIDE_PX, QUALITY = 384, 90
+PAIRS = (("folder", "bare", 0.9), ("folder", "img2dataset", None), ("download", "img2dataset", 1.5))
 
 
 def bare(path: Path) -> int:
@@ -144,7 +141,11 @@ def main() -> None:
                         shutil.rmtree(folder / "out", ignore_errors=True)
             finally:
                 process.kill()
-    report(seen, args)
+    size = "" if args.long_side_px is None else f" of {args.long_side_px:,} px"
+    title = f"{args.num_photos:,} photos{size} to {SHORT_SIDE_PX} px, {args.processes} processes"
+    name = "build_shards" if args.long_side_px is None else f"build_shards_{args.long_side_px}"
+    options = {"photos": args.num_photos, "processes": args.processes, "repeat": args.repeat}
+    report(name, title, rows_of(seen, args.num_photos), {"options": options, "seconds_and_cpu_seconds": seen})
 
 
 def check_count(out: Path, wanted: int) -> None:
@@ -156,35 +157,14 @@ def check_count(out: Path, wanted: int) -> None:
     assert found == wanted, f"{out}: {found} photos; wanted {wanted}"
 
 
-def report(seen: dict[str, list[tuple[float, float]]], args: argparse.Namespace) -> None:
-    size = "" if args.long_side_px is None else f" of {args.long_side_px:,} px"
-    what = f"{args.num_photos:,} photos{size} to {SHORT_SIDE_PX} px"
-    table = Table(title=f"{what}, {args.processes} processes on {os.cpu_count()} CPUs")
-    for column in ("", "photos/s", "to bare", "to img2dataset", "photos a CPU second", "to bare", "to img2dataset"):
-        table.add_column(column, justify="left" if not column else "right")
-    rates = {
-        name: tuple(args.num_photos / statistics.median(run[i] for run in runs) for i in (0, 1))
-        for name, runs in seen.items()
-    }
-    for name, rate in rates.items():
-        cells = []
-        for i in (0, 1):
-            peers = [f"{rate[i] / rates[peer][i]:.2f}" if peer in rates else "" for peer in ("bare", "img2dataset")]
-            cells += [f"{rate[i]:,.0f}", *peers]
-        table.add_row(name, *cells)
-    Console().print(table)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    named = {name: {"photos_per_s": rate[0], "photos_per_cpu_s": rate[1]} for name, rate in rates.items()}
-    content = {
-        "photos": args.num_photos,
-        "processes": args.processes,
-        "cpus": os.cpu_count(),
-        "runs": seen,
-        "rates": named,
-    }
-    name = "build_shards" if args.long_side_px is None else f"build_shards_{args.long_side_px}"
-    (results / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+def rows_of(seen: dict[str, list[tuple[float, float]]], num_photos: int) -> list[Row]:
+    rows = []
+    for ours, peer, goal in PAIRS:
+        if peer in seen:
+            for i, unit in ((0, "photos/s"), (1, "photos a CPU s")):
+                runs = {name: [num_photos / run[i] for run in seen[name]] for name in (ours, peer)}
+                rows.append(Row.of("shards built", unit, runs, goal=goal))
+    return rows
 
 
 if __name__ == "__main__":

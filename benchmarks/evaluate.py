@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 
 from pvtcap import java, metrics
 from pvtcap.cocofiles import read_references
@@ -40,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 Run = tuple[float, float]
 PREFIX, END, PAD, VOCAB = [30522, 1037, 3861, 1997], 102, 0, 30524  # [DEC] a picture of
 PATCHES, WIDTH = 144, 768  # a photo of 384 px
+GOALS = (1.5, 1.8, 1 / 0.6)
 
 PEER_SCORES = """
 import json, sys
@@ -130,7 +129,7 @@ def one_rank(rank: int, size: int, batches: int, batch: int) -> None:
 
 
 def ranks(args: argparse.Namespace) -> dict[str, list[Run]]:
-    seen: dict[str, list[Run]] = {"1 rank": [], "2 ranks": []}
+    seen: dict[str, list[Run]] = {"2 ranks": [], "1 rank": []}
     for _ in range(args.repeat):
         for size, name in ((1, "1 rank"), (2, "2 ranks")):
             words = [sys.executable, __file__, "--batch", args.batch, "--batches", args.batches]
@@ -204,41 +203,18 @@ def main() -> None:
     if args.rank:
         one_rank(*args.rank, args.batches, args.batch)
         return
-    rows = []
-    for what, seen, amount, peer in (
-        ("generate", generation(args), args.batch, "transformers"),
-        ("ranks", ranks(args), args.batch * args.batches, "1 rank"),
-        ("score", scoring(args) if args.references else {}, args.photos, "pycocoevalcap"),
-    ):
-        for name, runs in seen.items():
-            medians = [statistics.median(run[i] for run in runs) for i in (0, 1)]
-            to_peer = [statistics.median(run[i] for run in seen[peer]) / medians[i] for i in (0, 1)]
-            row = {"what": what, "who": name, "runs": runs, "captions_per_s": amount / medians[0]}
-            rows.append({**row, "speed_to_peer": to_peer[0], "cpu_speed_to_peer": to_peer[1]})
-    report(rows, args)
-
-
-def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    title = f"batches of {args.batch}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs"
-    table = Table("", "", title=title)
-    columns = ("seconds", "captions/s", "times the peer's speed", "by CPU seconds")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        seconds = statistics.median(run[0] for run in row["runs"])
-        numbers = (seconds, row["captions_per_s"], row["speed_to_peer"], row["cpu_speed_to_peer"])
-        table.add_row(row["what"], row["who"], *(f"{number:.2f}" for number in numbers))
-    Console().print(table)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    content = {
-        "batch": args.batch,
-        "batches": args.batches,
-        "photos": args.photos,
-        "cpus": os.cpu_count(),
-        "rows": rows,
-    }
-    (results / "evaluate.json").write_text(json.dumps(content, indent=1) + "\n")
+    seen = {"captioning": generation(args), "captioning by ranks": ranks(args)}
+    amounts = [args.batch, args.batch * args.batches, args.photos]
+    if args.references:
+        seen["scoring"] = scoring(args)
+    rows = [
+        Row.of(what, unit, {name: [amount / run[i] for run in each] for name, each in runs.items()}, goal=goal)
+        for (what, runs), amount, goals in zip(seen.items(), amounts, GOALS, strict=False)
+        for i, unit, goal in ((0, "captions/s", goals), (1, "captions a CPU s", None))
+    ]
+    title = f"batches of {args.batch}, {torch.get_num_threads()} threads; {args.photos:,} photos scored"
+    options = {"batch": args.batch, "batches": args.batches, "photos": args.photos}
+    report("evaluate", title, rows, {"options": options, "seconds_and_cpu_seconds": seen})
 
 
 if __name__ == "__main__":

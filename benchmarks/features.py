@@ -28,8 +28,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
@@ -106,45 +105,26 @@ def one_size(args: argparse.Namespace, folder: Path, photos: Path, image_px: int
         )
         found[kind] = {
             "bytes_per_photo": bytes_of(data[kind]) / args.num_photos,
-            "captions_per_s": statistics.median(rates),
+            "captions_per_s": rates,
             "wait_share": statistics.median(waits),
             "made_s": made_s[kind],
         }
     return found
 
 
-def report(found: dict[int, dict[str, Any]], args: argparse.Namespace) -> None:
-    title = f"{args.num_photos:,} photos, batches of {args.batch}, {args.workers} workers on {os.cpu_count()} CPUs"
-    table = Table(title=title)
-    columns = ("px", "", "bytes a photo", "to photos", "captions/s", "to photos", "epoch, s", "waiting", "made in, s")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
-    captions = 3 * args.num_photos  # the configuration's captions_per_photo
+def rows_of(found: dict[int, dict[str, Any]]) -> list[Row]:
+    rows = []
     for image_px, kinds in found.items():
-        table.add_section()
-        photos = kinds["photos"]
-        for kind, row in kinds.items():
-            table.add_row(
-                str(image_px),
-                kind,
-                f"{row['bytes_per_photo']:,.0f}",
-                f"{row['bytes_per_photo'] / photos['bytes_per_photo']:.2f}",
-                f"{row['captions_per_s']:,.1f}",
-                f"{row['captions_per_s'] / photos['captions_per_s']:.2f}",
-                f"{captions / row['captions_per_s']:,.0f}",
-                f"{row['wait_share']:.0%}",
-                f"{row['made_s']:,.0f}" if row["made_s"] else "",
-            )
-        limit = max(row["captions_per_s"] / (1 - row["wait_share"]) for row in kinds.values())
-        ratio, epoch = f"{limit / photos['captions_per_s']:.2f}", f"{captions / limit:,.0f}"
-        table.add_row(str(image_px), "limit", "", "", f"{limit:,.1f}", ratio, epoch, "", "")
-    Console(width=120).print(table)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    options = {name: value for name, value in options.items() if name not in ("photos", "captions", "list")}
-    content = {"cpus": os.cpu_count(), "options": options, "sizes": found}
-    (results / "features.json").write_text(json.dumps(content, indent=1) + "\n")
+        for kind in KINDS[1:]:
+            goal = 5.0 if kind == "fp16" else None
+            runs = {each: kinds[each]["captions_per_s"] for each in (kind, "photos")}
+            rows.append(Row.of(f"training at {image_px} px", "captions/s", runs, goal=goal))
+            sizes = {each: [kinds[each]["bytes_per_photo"]] for each in (kind, "photos")}
+            rows.append(Row.of(f"disk at {image_px} px", "bytes a photo", sizes, less_is_better=True))
+        limit = max(statistics.median(one["captions_per_s"]) / (1 - one["wait_share"]) for one in kinds.values())
+        both = {"fp16": kinds["fp16"]["captions_per_s"], "limit": [limit]}
+        rows.append(Row.of(f"training at {image_px} px", "captions/s", both))
+    return rows
 
 
 def main() -> None:
@@ -164,7 +144,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         photos = build_photos(args, folder)
-        report({image_px: one_size(args, folder, photos, image_px) for image_px in args.image_px}, args)
+        found = {image_px: one_size(args, folder, photos, image_px) for image_px in args.image_px}
+    options = {name: value for name, value in vars(args).items() if name not in ("photos", "captions", "list")}
+    title = f"{args.num_photos:,} photos, batches of {args.batch}, {args.workers} workers"
+    report("features", title, rows_of(found), {"options": options, "sizes": found})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import io
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,8 +42,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 
 ROOT = Path(__file__).parents[1]
 SIDE_PX, BATCH, MIN_AREA, WARM_UP = 384, 32, 0.5, 4
@@ -160,6 +158,20 @@ WAYS: dict[str, tuple[Callable[[Path, int, int], Batches], tuple[str, ...]]] = {
     "webdataset, reading": (webdataset_reading, ("webdataset", "torchvision")),
     "streaming": (streaming, ("streaming", "torchvision")),
 }
+NUMBERS = (  # what is measured, its name, its unit, and whether less is better
+    ("photos_per_cpu_s", "batches", "photos a CPU s", False),
+    ("photos_per_s", "batches", "photos/s", False),
+    ("first_batch_s", "first batch", "s", True),
+    ("resume_s", "after 90 % of an epoch", "s", True),
+    ("resume_without_workers_s", "after 90 %, no workers", "s", True),
+)
+GOALS = {
+    ("photos_per_cpu_s", "webdataset"): 1.8,
+    ("photos_per_cpu_s", "pillow"): 1.5,
+    ("photos_per_cpu_s", "streaming"): 1.5,
+    ("photos_per_cpu_s", "pixels"): 0.95,
+    ("resume_s", "webdataset"): 50.0,
+}
 RESUMED = ("pvtcap", "webdataset", "webdataset, reading")
 
 
@@ -261,32 +273,18 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
             if way in RESUMED and turn == 0:  # the slowest, and not close
                 measured(way, args.workers, late, 0, {"first_batch_s": "resume_s"})
                 measured(way, 0, late, 0, {"first_batch_s": "resume_without_workers_s"})
-    medians = {way: {key: statistics.median(each) for key, each in of_way.items()} for way, of_way in runs.items()}
-    print_table(f"{num_photos:,} photos of {name}; workers: {args.workers}", medians)
-    return {"photos": num_photos, "medians": medians, "runs": runs}
+    return {"photos": num_photos, "runs": runs}
 
 
-def print_table(title: str, medians: dict[str, dict[str, float]]) -> None:
-    columns = {  # the number, its name, its digits, and whether less is better
-        "photos_per_cpu_s": ("photos a CPU s", 0, False),
-        "photos_per_s": ("photos/s", 0, False),
-        "first_batch_s": ("first batch, s", 3, True),
-        "resume_s": ("after 90 %, s", 3, True),
-        "resume_without_workers_s": ("no workers, s", 3, True),
-    }
-    table = Table("", title=title)
-    for name, _, _ in columns.values():
-        table.add_column(name, justify="right")
-        table.add_column("", justify="right")  # how many times better pvtcap is
-    for way, found in medians.items():
-        cells = []
-        for key, (_, digits, less_is_better) in columns.items():
-            ratio = medians["pvtcap"][key] / found[key] if key in found else 0.0
-            cells.append(f"{found[key]:,.{digits}f}" if key in found else "")
-            cells.append(f"{1 / ratio if less_is_better else ratio:.2f}" if ratio and way != "pvtcap" else "")
-        table.add_row(way, *cells)
-    Console(width=120).print(table)
-    print("The second of each two columns says how many times better pvtcap is.")
+def rows_of(name: str, runs: dict[str, dict[str, list[float]]]) -> list[Row]:
+    rows = []
+    for key, what, unit, less_is_better in NUMBERS:
+        for peer, found in runs.items():
+            if peer != "pvtcap" and key in found:
+                both = {"pvtcap": runs["pvtcap"][key], peer: found[key]}
+                goal = GOALS.get((key, peer))
+                rows.append(Row.of(f"{name}: {what}", unit, both, goal=goal, less_is_better=less_is_better))
+    return rows
 
 
 def main() -> None:
@@ -311,14 +309,15 @@ def main() -> None:
     else:
         if args.quick:
             args.repeat, args.num_batches = 1, 8
-        content: dict[str, Any] = {"workers": args.workers, "batch": BATCH, "side_px": SIDE_PX, "cpus": os.cpu_count()}
+        found, rows = {}, []
         for name in ("flickr8k", "coco"):
             if getattr(args, name) is not None:
                 with tempfile.TemporaryDirectory() as temporary:
-                    content[name] = compare(name, args, Path(temporary))
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"stream_{args.workers}.json").write_text(json.dumps(content, indent=1) + "\n")
+                    found[name] = compare(name, args, Path(temporary))
+                rows += rows_of(name, found[name]["runs"])
+        options = {"workers": args.workers, "repeat": args.repeat, "num_batches": args.num_batches}
+        title = f"batches of {BATCH} photos of {SIDE_PX} px on one core, {args.workers} workers"
+        report(f"stream_{args.workers}", title, rows, {"options": options, **found})
 
 
 if __name__ == "__main__":

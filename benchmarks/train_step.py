@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 from torch import Tensor, nn
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
@@ -81,12 +78,18 @@ def build(folder: Path, photos: int, px: int) -> None:
 
 
 class RowEach(nn.Module):
-    """A caption a row, each with its photo, as BLIP's ``forward_decoder`` and its heirs have it."""
+    """A caption a row, each with its photo, as BLIP's ``forward_decoder`` and its heirs have it.
 
-    def __init__(self, ours: Captioner) -> None:
+    Behind encoder and projection of ``ours`` stands transformers' decoder, new and of the same size.
+    """
+
+    def __init__(self, ours: Captioner, dropout: float = 0.0) -> None:
         super().__init__()
         self.encoder, self.projection = ours.encoder, ours.projection
-        config = BlipTextConfig(vocab_size=VOCAB, encoder_hidden_size=768, num_attention_heads=12, is_decoder=True)
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        own = {name: getattr(ours.decoder.lm.config, name) for name in (*sizes, "max_position_embeddings")}
+        own |= {"encoder_hidden_size": own["hidden_size"], "is_decoder": True}
+        config = BlipTextConfig(**own, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
         self.text = BlipTextLMHeadModel(config)
 
     def forward(self, photos: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -193,27 +196,13 @@ def main() -> None:
                 step()
                 if turn:
                     seconds.setdefault(name, []).append(time.perf_counter() - started)
-    rates = {name: args.photos * CAPTIONS / statistics.median(times) for name, times in seconds.items()}
-    table = Table(title=f"{args.photos} photos × {CAPTIONS} captions a step, {torch.get_num_threads()} threads")
-    for column in ("", "captions/s", "spread", "beside", "ratio", "goal"):
-        table.add_column(column, justify="left" if column in ("", "beside") else "right")
-    rows = []
-    for ours, theirs, goal in PAIRS:
-        rows.append({"ours": ours, "beside": theirs, "ratio": rates[ours] / rates[theirs], "goal": goal})
-        for name in (ours, theirs):
-            times = seconds[name]
-            spread = f"{(max(times) - min(times)) / statistics.median(times):.0%}"
-            last = (
-                (theirs, f"{rows[-1]['ratio']:.2f}", "" if goal is None else f"{goal:g}")
-                if name == ours
-                else ("", "", "")
-            )
-            table.add_row(name, f"{rates[name]:.2f}", spread, *last)
-    Console(width=110).print(table)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    content = {"cpus": os.cpu_count(), "options": vars(args), "seconds": seconds, "ratios": rows}
-    (results / "train_step.json").write_text(json.dumps(content, indent=1) + "\n")
+    rates = {name: [args.photos * CAPTIONS / one for one in times] for name, times in seconds.items()}
+    rows = [
+        Row.of("a training step", "captions/s", {ours: rates[ours], theirs: rates[theirs]}, goal=goal)
+        for ours, theirs, goal in PAIRS
+    ]
+    title = f"{args.photos} photos × {CAPTIONS} captions a step, {torch.get_num_threads()} threads"
+    report("train_step", title, rows, {"options": vars(args), "seconds": seconds})
 
 
 if __name__ == "__main__":
