@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,13 +66,12 @@ def main() -> None:
                 found = [build(folder, rows, address) for rows in (args.rows // 20, args.rows)]
             finally:
                 process.kill()
-    table = Table("rows", "seconds", "rows/s", "peak MiB of the largest process")
-    for row in found:
-        table.add_row(*(f"{row[name]:,.0f}" for name in ("rows", "seconds", "rows_per_s", "peak_mib")))
-    Console().print(table)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / "download_memory.json").write_text(json.dumps(found, indent=1) + "\n")
+    few, many = ({f"{row['rows']:,} rows": [row["peak_mib"]]} for row in found)
+    rows = [
+        Row.of("peak memory", "MiB", many | few, less_is_better=True),
+        Row.of("peak memory", "MiB", many | {"limit": [1024.0]}, goal=1.0, less_is_better=True),
+    ]
+    report("download_memory", "memory of the largest process of a download", rows, {"runs": found})
 
 
 if __name__ == "__main__":

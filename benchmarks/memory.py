@@ -15,13 +15,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 
 from pvtcap import train
 from pvtcap.configfile import parse
@@ -107,29 +107,23 @@ def measured(config: dict[str, Any], ranks: int, folder: Path) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    rows = []
-    title = f"highest memory of a rank, MiB: {args.layers} layers, {args.micro_batch} photos a rank, {args.precision}"
-    table = Table("ranks", "ZeRO", "measured", "planned", "planned / measured", title=title)
+    rows, terms_of = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
         for ranks in args.ranks:
             for stage in args.stages:
-                config = tree(folder, stage, ranks, args)
+                config, name = tree(folder, stage, ranks, args), f"{ranks} ranks, ZeRO-{stage}"
                 terms = plan(parse(config, "memory"), "", 1, ranks).memory[stage]
-                peak = measured(config, ranks, folder)
-                ratio = terms.peak / peak
-                rows.append({"ranks": ranks, "stage": stage, "measured": peak, "planned": terms.peak})
-                print(f"{ranks} ranks, ZeRO-{stage}: {peak:,} measured, {terms}", file=sys.stderr, flush=True)
-                numbers = (f"{peak / 2**20:,.0f}", f"{terms.peak / 2**20:,.0f}")
-                table.add_row(
-                    str(ranks), str(stage), *numbers, f"{ratio:.2f}{'' if abs(ratio - 1) <= GOAL else '  too far'}"
-                )
-    Console(width=100).print(table)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
+                both = {"planned": [terms.peak / 2**20], "measured": [measured(config, ranks, folder) / 2**20]}
+                rows.append(Row.of(name, "MiB", both))
+                terms_of[name] = asdict(terms)
+                print(f"{name}: {both}", file=sys.stderr, flush=True)
+    title = f"highest memory of a rank: {args.layers} layers, {args.micro_batch} photos a rank, {args.precision}"
     options = {name: value for name, value in vars(args).items() if name != "one_rank"}
-    (results / "memory.json").write_text(json.dumps({"options": options, "rows": rows}, indent=1) + "\n")
+    report("memory", title, rows, {"options": options, "terms": terms_of})
+    far = [row.question for row in rows if abs(row.ratio - 1) > GOAL]
+    print(f"further than {GOAL:.0%} away: {', '.join(far) or 'none'}")
 
 
 def main() -> None:

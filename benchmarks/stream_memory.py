@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 
 ROOT = Path(__file__).parents[1]
 EARLY = 2_000
@@ -71,14 +71,15 @@ print(json.dumps([sought - started, done - sought, (after - before) / 1024]))
 """
 
 
-def child(code: str, *words: object) -> object:
+def child(code: str, *words: object) -> list[Any]:
     """Run a program of ours in a process of its own; what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program.py"  # workers import it
         program.write_text(code)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, str(program), *map(str, words)]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return list(json.loads(done.stdout))
 
 
 def main() -> None:
@@ -93,22 +94,19 @@ def main() -> None:
             command = [sys.executable, "-m", "pvtcap", "shards", "shapes", *words, "--out", str(data)]
             subprocess.run(command, check=True, cwd=ROOT)
         found = {ranks: child(READ, data, ranks, args.photos, EARLY) for ranks in (1, 4, 16)}
-    table = Table("ranks", "process", f"MiB after {EARLY:,} photos", "MiB at the end of the epoch", "growth")
     rows = []
     for ranks, (early, late) in found.items():
         for number, (before, after) in enumerate(zip(early, late, strict=True)):
             name = f"worker {number}" if number else "trainer"
-            rows.append({"ranks": ranks, "process": name, "early_mib": before, "late_mib": after})
-            table.add_row(str(ranks), name, f"{before:,}", f"{after:,}", f"{after / before:.2f}")
-    Console().print(table)
+            both = {"at the epoch's end": [after], f"after {EARLY:,} photos": [before]}
+            rows.append(Row.of(f"{ranks} ranks, {name}", "MiB", both, less_is_better=True))
     seek_s, epoch_s, order_mib = child(ORDER)
-    Console().print(
+    order = {"seek_s": seek_s, "epoch_s": epoch_s, "mib": order_mib}
+    report("stream_memory", f"an epoch of {args.photos:,} photos", rows, {"photos": args.photos, "order_12m": order})
+    print(
         f"order of 12,000,000 samples in 1,200 shards: made and a seek to the last in {seek_s * 1e3:.1f} ms, all "
         f"windows of the epoch in {epoch_s:.2f} s, {order_mib:.0f} MiB"
     )
-    order = {"seek_s": seek_s, "epoch_s": epoch_s, "mib": order_mib}
-    result = ROOT / "benchmarks" / "results" / "stream_memory.json"
-    result.write_text(json.dumps({"photos": args.photos, "memory": rows, "order_12m": order}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A full-size decoder (12 layers, width 768, 30,524 pieces: 137.9M parameters with cross-attention; new weights, which
 cost what trained ones do), eight photos at 384 px with five captions each, AdamW, float32, on this machine's CPUs.
-Contestants take turns, each step a batch of the same photos and captions; medians of captions trained a second:
+Two contestants at a time take turns, each in a process of its own; a step is a batch of the same photos and captions:
 
     packed       pvtcap's model, the five captions of a photo in one row
     a row each   as BLIP, LAVIS and open_clip train: a caption a row, each with its photo, through transformers' own
@@ -15,10 +15,14 @@ Contestants take turns, each step a batch of the same photos and captions; media
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,51 +131,47 @@ def steps_of(model: nn.Module, groups: Any, loss_of: Callable[[], Tensor]) -> Ca
     return step
 
 
-def contestants(folder: Path, photos: int, px: int) -> Iterator[tuple[str, Callable[[], None]]]:
+def contestant(name: str, folder: Path, photos: int, px: int) -> Callable[[], None]:
+    """One training step of it."""
     config = parse(configuration(folder, photos, px), "benchmark")
     sources = Sources.open(config.data)
     tokenizer = CaptionTokenizer.train((text for group in sources.captions() for text in group), 2000, "a picture of ")
     world, plan = World.start(), batch_plan(config.data, 1)
     view = View(config.data, tokenizer, config.text.max_tokens)
     batches = train_batches(sources, view, plan, world, seed=0, first_step=0)
-    batch = next(batches)
     ours = Captioner(config, VOCAB)
     ours.train()
-    with torch.no_grad():
-        features = ours.encoder(batch.photos)
-
-    def packed(photos_or_features: Tensor) -> Tensor:
-        patches = ours.patches(photos_or_features)
-        loss: Tensor = ours.decoder(patches, batch.tokens, batch.labels, batch.positions, batch.segments)
-        return loss / batch.num_labels
-
+    if name == "whole loop":
+        engine = Engine(ours, config, plan, world)
+        ledger = Ledger(config.run.dir, sources, world, start_step=0, max_bad_fraction=0.0)
+        count = itertools.count(1)
+        return lambda: train_step(engine, batches, ledger, plan, world, step=next(count), scale=0.1) and None  # type: ignore[func-returns-value]
+    made = itertools.cycle([next(batches) for _ in range(2)])
+    if name == "bare loop":
+        return steps_of(ours, parameter_groups(ours, config.optim), lambda: loss_of(ours, next(made)))
+    batch = next(made)
+    shown: Tensor = batch.photos
+    if name.endswith(FEATURES):
+        with torch.no_grad():
+            shown = ours.encoder(batch.photos)
+    if name.startswith("packed"):
+        batch = replace(batch, photos=shown)
+        return steps_of(ours, parameter_groups(ours, config.optim), lambda: loss_of(ours, batch))
     row_each = RowEach(ours)
-    row_each.text.train()
+    row_each.train()
     rows, tokens, labels, mask = unpacked(batch, tokenizer)
-    spread = features.repeat_interleave(len(rows) // len(features), 0)
+    if shown is not batch.photos:
+        rows = shown.repeat_interleave(len(rows) // len(shown), 0)
     learning = [*row_each.text.parameters(), *row_each.projection.parameters()]
-    groups = parameter_groups(ours, config.optim)
-    yield "packed", steps_of(ours, groups, lambda: packed(batch.photos))
-    yield "a row each", steps_of(row_each, learning, lambda: row_each(rows, tokens, labels, mask))
-    yield "packed, features", steps_of(ours, groups, lambda: packed(features))
-    yield "a row each, features", steps_of(row_each, learning, lambda: row_each(spread, tokens, labels, mask))
-    engine = Engine(Captioner(config, VOCAB), config, plan, world)
-    ledger = Ledger(config.run.dir, sources, world, start_step=0, max_bad_fraction=0.0)
-    count = iter(range(1, 1000))
-    yield "whole loop", lambda: train_step(engine, batches, ledger, plan, world, step=next(count), scale=0.1) and None  # type: ignore[func-returns-value]
-    bare = Captioner(config, VOCAB)
-    bare.train()
-    made = [next(batches) for _ in range(2)]
-    turn = iter(range(1000))
-
-    def bare_loss() -> Tensor:
-        one = made[next(turn) % 2]
-        total: Tensor = bare(one)
-        return total / one.num_labels
-
-    yield "bare loop", steps_of(bare, parameter_groups(bare, config.optim), bare_loss)
+    return steps_of(row_each, learning, lambda: row_each(rows, tokens, labels, mask))
 
 
+def loss_of(model: Captioner, batch: Batch) -> Tensor:
+    total: Tensor = model(batch)
+    return total / batch.num_labels
+
+
+FEATURES = ", features"
 PAIRS = (
     ("packed", "a row each", 3.5),
     ("packed, features", "a row each", 4.5),  # who decodes and encodes a photo for each caption has no features
@@ -180,29 +180,65 @@ PAIRS = (
 )
 
 
+class Process:
+    """A contestant in a process of its own, which takes a step when told to: neither has the other's memory."""
+
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace) -> None:
+        words = ["--photos", args.photos, "--px", args.px, "--contestant", name, folder]
+        command = [sys.executable, __file__, *map(str, words)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.step()  # the first warms up
+
+    def step(self) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(SECONDS):
+                return float(line.removeprefix(SECONDS))
+        sys.exit("a contestant died")
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+SECONDS = "seconds: "
+
+
+def take_part(name: str, folder: Path, args: argparse.Namespace) -> None:
+    step = contestant(name, folder, args.photos, args.px)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step()
+        print(f"{SECONDS}{time.perf_counter() - started}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=8)
     parser.add_argument("--px", type=int, default=384)
-    parser.add_argument("--repeat", type=int, default=3, help="steps of each that are measured; one is not")
+    parser.add_argument("--repeat", type=int, default=5, help="steps of each that are measured; one is not")
+    parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    seconds: dict[str, list[float]] = {}
+    if args.contestant is not None:
+        take_part(args.contestant[0], Path(args.contestant[1]), args)
+        return
+    rows, seen = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         build(Path(temporary), args.photos, args.px)
-        steps = dict(contestants(Path(temporary), args.photos, args.px))
-        for turn in range(args.repeat + 1):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step()
-                if turn:
-                    seconds.setdefault(name, []).append(time.perf_counter() - started)
-    rates = {name: [args.photos * CAPTIONS / one for one in times] for name, times in seconds.items()}
-    rows = [
-        Row.of("a training step", "captions/s", {ours: rates[ours], theirs: rates[theirs]}, goal=goal)
-        for ours, theirs, goal in PAIRS
-    ]
+        for ours, theirs, goal in PAIRS:
+            pair = {name: Process(name, Path(temporary), args) for name in (ours, theirs)}
+            seconds = [{name: process.step() for name, process in pair.items()} for _ in range(args.repeat)]
+            for process in pair.values():
+                process.end()
+            rates = {name: [args.photos * CAPTIONS / turn[name] for turn in seconds] for name in pair}
+            rows.append(Row.of("a training step", "captions/s", rates, goal=goal))
+            seen[f"{ours} / {theirs}"] = seconds
     title = f"{args.photos} photos × {CAPTIONS} captions a step, {torch.get_num_threads()} threads"
-    report("train_step", title, rows, {"options": vars(args), "seconds": seconds})
+    options = {"photos": args.photos, "px": args.px, "repeat": args.repeat}
+    report("train_step", title, rows, {"options": options, "seconds": seen})
 
 
 if __name__ == "__main__":
