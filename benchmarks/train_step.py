@@ -20,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,11 @@ def configuration(folder: Path, photos: int, px: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build(folder: Path, photos: int, px: int) -> None:
-    """A ShardSet of noise with captions as long as COCO's: ten words and a half."""
+def build(folder: Path, photos: int, px: int, lengths: Sequence[int] = (LENGTH,), *options: str) -> None:
+    """A ShardSet of 4 × ``photos`` of noise with captions as long as COCO's: ten words and a half.
+
+    ``lengths`` of captions take turns; ``options`` are the builder's.
+    """
     from PIL import Image
 
     source = folder / "source"
@@ -70,24 +73,28 @@ def build(folder: Path, photos: int, px: int) -> None:
     lines = []
     for number in range(4 * photos):
         Image.effect_noise((px + 64, px + 64), 60).convert("RGB").save(source / f"{number}.jpg")
-        numbers = [[number * 7 + turn * 3 + place * place for place in range(LENGTH)] for turn in range(CAPTIONS)]
+        many = [lengths[(number + turn) % len(lengths)] for turn in range(CAPTIONS)]
+        numbers = [[number * 7 + turn * 3 + place * place for place in range(many[turn])] for turn in range(CAPTIONS)]
         captions = [" ".join(words[one % len(words)] for one in row) for row in numbers]
         lines.append(json.dumps({"image": f"{number}.jpg", "captions": captions}))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
     import runpy
 
     main = runpy.run_path(str(ROOT / "shards" / "folder.py"))["main"]
-    main(["--images", str(source), "--captions", str(folder / "captions.jsonl"), "--out", str(folder / "shards")])
+    where = ["--images", str(source), "--captions", str(folder / "captions.jsonl"), "--out", str(folder / "shards")]
+    main([*where, *options])
 
 
 class RowEach(nn.Module):
-    """A caption a row, each with its photo, as BLIP's ``forward_decoder`` and its heirs have it."""
+    """A caption a row, each with its photo, as BLIP's ``forward_decoder`` and its heirs have it; of ``ours``' size."""
 
     def __init__(self, ours: Captioner) -> None:
         super().__init__()
         self.encoder, self.projection = ours.encoder, ours.projection
-        config = BlipTextConfig(vocab_size=VOCAB, encoder_hidden_size=768, num_attention_heads=12, is_decoder=True)
-        self.text = BlipTextLMHeadModel(config)
+        of = ours.decoder.lm.config
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        sizes = {name: getattr(of, name) for name in names}
+        self.text = BlipTextLMHeadModel(BlipTextConfig(**sizes, encoder_hidden_size=of.hidden_size, is_decoder=True))
 
     def forward(self, photos: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
