@@ -55,15 +55,19 @@ def tree(folder: Path, stage: int, ranks: int, args: argparse.Namespace) -> dict
 
 
 def prepare(folder: Path) -> None:
-    """Photos, and a vocabulary of BERT's size, most of which no caption uses."""
     main = runpy.run_path(str(ROOT / "shards" / "shapes.py"))["main"]
     main(["--num-samples", "64", "--image-px", "384", "--processes", "1", "--out", str(folder / "shapes")])
-    data = parse({"data": {"train": str(folder / "shapes")}, "train": {"steps": 1}}, "memory").data
+    write_parts(folder, folder / "shapes")
+
+
+def write_parts(folder: Path, shards: Path, encoder: str = "pvt_v2_b1", num_pieces: int = PIECES) -> None:
+    """New weights of an encoder, and a vocabulary of BERT's size, most of which no caption uses."""
+    data = parse({"data": {"train": str(shards)}, "train": {"steps": 1}}, "memory").data
     captions = (caption for group in Sources.open(data).captions() for caption in group)
-    learned = CaptionTokenizer.train(captions, 1000).vocab
-    pieces = [*learned, *(f"[unused{number}]" for number in range(PIECES - len(learned)))]
+    learned = CaptionTokenizer.train(captions, min(1000, num_pieces)).vocab
+    pieces = [*learned, *(f"[unused{number}]" for number in range(num_pieces - len(learned)))]
     (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    torch.save(timm.create_model("pvt_v2_b1", num_classes=0).state_dict(), folder / "encoder.pth")
+    torch.save(timm.create_model(encoder, num_classes=0).state_dict(), folder / "encoder.pth")
 
 
 class Enough(Exception):

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,11 @@ def configuration(folder: Path, photos: int, px: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build(folder: Path, photos: int, px: int) -> None:
-    """A ShardSet of noise with captions as long as COCO's: ten words and a half."""
+def build(folder: Path, photos: int, px: int, lengths: Sequence[int] = (LENGTH,), *options: str) -> None:
+    """A ShardSet of 4 × ``photos`` of noise with captions as long as COCO's: ten words and a half.
+
+    ``lengths`` of captions take turns; ``options`` are the builder's.
+    """
     from PIL import Image
 
     source = folder / "source"
@@ -71,14 +74,16 @@ def build(folder: Path, photos: int, px: int) -> None:
     lines = []
     for number in range(4 * photos):
         Image.effect_noise((px + 64, px + 64), 60).convert("RGB").save(source / f"{number}.jpg")
-        numbers = [[number * 7 + turn * 3 + place * place for place in range(LENGTH)] for turn in range(CAPTIONS)]
+        many = [lengths[(number + turn) % len(lengths)] for turn in range(CAPTIONS)]
+        numbers = [[number * 7 + turn * 3 + place * place for place in range(many[turn])] for turn in range(CAPTIONS)]
         captions = [" ".join(words[one % len(words)] for one in row) for row in numbers]
         lines.append(json.dumps({"image": f"{number}.jpg", "captions": captions}))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
     import runpy
 
     main = runpy.run_path(str(ROOT / "shards" / "folder.py"))["main"]
-    main(["--images", str(source), "--captions", str(folder / "captions.jsonl"), "--out", str(folder / "shards")])
+    where = ["--images", str(source), "--captions", str(folder / "captions.jsonl"), "--out", str(folder / "shards")]
+    main([*where, *options])
 
 
 class RowEach(nn.Module):

@@ -59,8 +59,8 @@ class World:
         store = None
         if described:
             os.environ.update(_ALONE)
-            # Nobody to meet, so no port that another process could take. Documented, but not in torch's __all__.
-            store = torch_dist.HashStore()  # type: ignore[attr-defined]
+            # Port 0: the kernel gives one as it is taken, and none can come between.
+            store = torch_dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # type: ignore[attr-defined]
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
         # gloo beside nccl: small values travel on the CPU without touching the GPU's stream.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -57,7 +57,7 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
     assert world.sum([1.0, 2.5]) == [1.0, 2.5]
 
 
-def test_a_process_group_of_one_needs_no_port_and_leaves_the_environment_as_it_was() -> None:
+def test_a_process_group_of_one_leaves_the_environment_as_it_was() -> None:
     before = dict(os.environ)
     for _ in range(2):
         with World.start() as world:

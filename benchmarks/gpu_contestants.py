@@ -1,0 +1,328 @@
+"""What ``gpu.py`` measures: a part of it, in a process of its own. Prints nothing; writes a line a contestant.
+
+    python benchmarks/gpu_contestants.py SPEC.json OUT.jsonl
+
+SPEC has the part's kind, a ``Size`` and the contestants, all as plain values. The first line of OUT says that the part
+is ready; each of the others belongs to a contestant, in their order. A failure ends the process, its reason being the
+last line: whoever ran out of GPU memory or lost its worker processes does not go on with what is left of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import write_parts
+from torch import Tensor
+from train_step import CAPTIONS, RowEach, build, steps_of, unpacked
+
+from pvtcap import features
+from pvtcap.config import Config, batch_plan
+from pvtcap.configfile import parse
+from pvtcap.dist import World
+from pvtcap.engine import parameter_groups
+from pvtcap.flops import StepFlops, peak_flops
+from pvtcap.job import Job, make_tokenizer, prepare
+from pvtcap.ledger import Ledger
+from pvtcap.loader import Rooms
+from pvtcap.monitor import StepStats
+from pvtcap.sources import Sources
+from pvtcap.stream import Batch, View, train_batches
+from pvtcap.train import start_engine, train_step
+
+# Words of a caption, as in Flickr30k: 12 and more or fewer, so that rows differ in length and some of each is padding.
+LENGTHS = (8, 10, 11, 12, 13, 15, 18)
+SHARDS = 8
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """``folder`` has the data, or will; ``size`` and the contestants are those of gpu.py as plain values."""
+
+    kind: str
+    folder: Path
+    size: dict[str, Any]
+    contestants: Sequence[dict[str, Any]]
+
+    def config(self, contestant: dict[str, Any]) -> Config:
+        size, shards = self.size, "features" if contestant["input"] == "features" else "shards"
+        tree = {
+            "run": {"dir": str(self.folder / f"run-{self.kind}-{shards}")},
+            "data": {
+                "train": str(self.folder / shards), "global_batch": contestant["photos"] or 1,
+                "captions_per_photo": CAPTIONS, "image_px": size["px"], "workers": contestant["workers"],
+            },
+            "text": {"vocab": str(self.folder / "vocab.txt")},
+            "model": {"encoder_weights": str(self.folder / "encoder.pth"), "decoder": "scratch", **size["model"]},
+            "train": {"steps": 10**6, "compile": bool(contestant["compiled"]), "device_peak_tflops": size["peak"]},
+            "zero": {"stage": contestant["stage"] or 0},
+            "precision": "bf16",
+        }  # fmt: skip
+        return parse(tree, "gpu")
+
+
+def data(part: Part) -> Iterator[Found]:
+    """The device; photos and what training needs beside them; their features."""
+    if part.size["needs_gpu"] and not torch.cuda.is_available():
+        raise RuntimeError("no GPU: only --toy runs without one")
+    yield {"ready": True}
+    kinds = {"device": _device, "shards": _shards, "features": _features}
+    for contestant in part.contestants:
+        yield kinds[contestant["loop"]](part)
+
+
+def _device(part: Part) -> Found:
+    config, world = part.config(part.contestants[0]), World.alone()
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = peak_flops(config, name)
+    names = ("torch", "deepspeed", "transformers", "timm")
+    versions = {one.name: one.version for one in metadata.distributions() if one.name in names}
+    return {
+        "device": name,
+        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else None,
+        "peak_tflops": None if peak is None else peak / 1e12,
+        "product_tflops": _product_tflops(world.device, part.size["product"]),
+        "versions": {**versions, "cuda": torch.version.cuda},
+    }
+
+
+def _product_tflops(device: torch.device, side: int) -> float:
+    """Of a product of two bf16 matrices of so many rows and columns: 2 × side³ operations."""
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = timed(lambda: left @ right, device, warm_up=3, steps=10)
+    return 2 * side**3 / statistics.median(seconds) / 1e12
+
+
+def _shards(part: Part) -> Found:
+    started, each = time.perf_counter(), math.ceil(part.size["data_photos"] / SHARDS)
+    # The builder makes four times the photos that it is asked for.
+    build(part.folder, part.size["data_photos"] // 4, part.size["px"], LENGTHS, "--samples-per-shard", str(each))
+    encoder = part.size["model"].get("encoder", "pvt_v2_b1")
+    write_parts(part.folder, part.folder / "shards", encoder, part.size["pieces"])
+    num_bytes = sum(path.stat().st_size for path in (part.folder / "source").iterdir())
+    return {
+        "making_s": time.perf_counter() - started,
+        "bytes_per_photo": num_bytes / part.size["data_photos"],
+    }
+
+
+def _features(part: Part) -> Found:
+    """Photos a second that ``pvtcap features`` stores, from the first shard's end to the last one's."""
+    (contestant,) = (one for one in part.contestants if one["loop"] == "features")
+    config = part.config({**contestant, "input": "photos"})
+    out = part.folder / "features"
+    with World.start() as world:
+        manifest = features.run(config, part.folder / "shards", out, world, features.FeatureOptions())
+    # An index is written when its shard is whole: the process's start and the first kernels are not counted.
+    stamps = [path.stat().st_mtime for path in sorted(out.glob("*.index.json"))]
+    photos = sum(entry.num_samples for entry in manifest.shards[1:])
+    return {"photos_per_s": photos / (stamps[-1] - stamps[0])}
+
+
+def timed(step: Callable[[], object], device: torch.device, warm_up: int, steps: int) -> list[float]:
+    """Seconds of each step behind the warm-up; the device's highest memory is counted from there, too."""
+    seconds = []
+    for turn in range(warm_up + steps):
+        if turn == warm_up and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        _synchronize(device)
+        started = time.perf_counter()
+        step()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds[warm_up:]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+
+
+def steps(part: Part) -> Iterator[Found]:
+    """Training steps on batches that lie on the device: the loader has no part in it.
+
+    The contestants share the loop ("engine", DeepSpeed's, or "packed" and "a row each", bare ones), stage, and compile.
+    """
+    one = part.contestants[0]
+    with World.start() as world:
+        config = part.config({**one, "input": "photos"})
+        job = prepare(config, world, "none")
+        bare = one["loop"] != "engine"
+        step_of = _bare_steps(job, config, world, one["loop"]) if bare else _engine_steps(job, config, world)
+        yield {"ready": True}
+        for contestant in part.contestants:
+            batches = _batches(part, contestant, job, world)
+            step, size = step_of(batches), part.size
+            seconds = timed(step, world.device, size["warm_up"], size["steps"])
+            median, need = statistics.median(seconds), _need(config, job, contestant)
+            # A caption a row needs no more than packed ones by its mathematics, and is given no more.
+            flops = statistics.mean(need.total(len(one.photos), one.num_captions, one.num_labels) for one in batches)
+            yield {
+                **_rates(contestant["photos"], median, flops),
+                "seconds": seconds,
+                "memory_gib": _peak_gib(world.device),
+            }
+            del batches, step
+
+
+def _rates(photos: int, seconds: float, flops: float) -> Found:
+    rates = {"photos_per_s": photos / seconds, "captions_per_s": photos * CAPTIONS / seconds}
+    return {"step_s": seconds, **rates, "model_tflops": flops / seconds / 1e12}
+
+
+def _need(config: Config, job: Job, contestant: dict[str, Any]) -> StepFlops:
+    tokenizer = job.view.tokenizer
+    return StepFlops.of(config, tokenizer.size, len(tokenizer.prefix) - 1, contestant["input"] == "features")
+
+
+def _batches(part: Part, contestant: dict[str, Any], job: Job, world: World) -> list[Batch]:
+    """Two of the stream's, since rows differ in length."""
+    shown = part.config(contestant).data
+    view = replace(job.view, data=shown)
+    stream = train_batches(Sources.open(shown), view, batch_plan(shown, 1), world, seed=0, first_step=0)
+    return [batch.to(world.device) for batch in itertools.islice(stream, 2)]
+
+
+StepOf = Callable[[list[Batch]], Callable[[], object]]
+
+
+def _engine_steps(job: Job, config: Config, world: World) -> StepOf:
+    engine = start_engine(job, config, world)
+
+    def step_of(batches: list[Batch]) -> Callable[[], object]:
+        turns = itertools.cycle([(batch, 1 / batch.num_labels) for batch in batches])
+
+        def step() -> None:  # what ``train.train_step`` asks of the engine
+            batch, scale = next(turns)
+            engine.forward_backward(batch, scale)
+            assert engine.gradients_are_finite()
+            engine.step(0.1)
+
+        return step
+
+    return step_of
+
+
+def _bare_steps(job: Job, config: Config, world: World, loop: str) -> StepOf:
+    """Float32 weights, bf16 by autocast, torch's fused AdamW: what one writes without DeepSpeed."""
+
+    def autocast(loss: Callable[..., Tensor], *given: Any) -> Tensor:
+        with torch.autocast(world.device.type, torch.bfloat16):
+            return loss(*given)
+
+    if loop == "packed":
+        ours = job.model.to(world.device)
+        ours.train()
+
+        def packed(batches: list[Batch]) -> Callable[[], object]:
+            turns = itertools.cycle([(batch, batch.num_labels) for batch in batches])
+            groups = parameter_groups(ours, config.optim)
+            return steps_of(ours, groups, lambda: autocast(lambda batch, count: ours(batch) / count, *next(turns)))
+
+        return packed
+    model = RowEach(job.model).to(world.device)
+    model.text.train()
+    if config.train.compile:
+        model.text.compile()
+
+    def row_each(batches: list[Batch]) -> Callable[[], object]:
+        # A photo, or its features, for each of its captions; on the device before the time begins.
+        rows = [[one.to(world.device) for one in unpacked(batch, job.view.tokenizer)] for batch in batches]
+        turns, learning = itertools.cycle(rows), [*model.text.parameters(), *model.projection.parameters()]
+        return steps_of(model, learning, lambda: autocast(model, *next(turns)))
+
+    return row_each
+
+
+def loader(part: Part) -> Iterator[Found]:
+    """Photos a second that ``train_batches`` delivers, pinned where there is a GPU; nobody trains meanwhile."""
+    world = World.alone()
+    yield {"ready": True}
+    for contestant in part.contestants:
+        config = part.config(contestant)
+        sources = Sources.open(config.data)
+        view = View(config.data, make_tokenizer(config, sources), config.text.max_tokens)
+        batches = train_batches(sources, view, batch_plan(config.data, 1), world, seed=0, first_step=0)
+        for _ in itertools.islice(batches, _made_ahead(contestant["workers"])):
+            pass
+        started, count = time.perf_counter(), 0
+        while count < part.size["steps"] or time.perf_counter() - started < part.size["seconds"]:
+            next(batches)
+            count += 1
+        yield {"photos_per_s": count * contestant["photos"] / (time.perf_counter() - started)}
+        batches.close()  # type: ignore[attr-defined]  # its workers would go on beside the next contestant's
+
+
+def _made_ahead(workers: int) -> int:
+    """Batches that may lie ready, and one more of each worker: what comes behind them has been waited for."""
+    return (Rooms.PREFETCH + 1) * workers + 1
+
+
+def whole_loop(part: Part) -> Iterator[Found]:
+    """``pvtcap.train.train_step`` on the stream, as ``pvtcap train`` calls it: without monitor and checkpoints."""
+    (contestant,) = part.contestants
+    config = part.config(contestant)
+    with World.start() as world:
+        job = prepare(config, world, "none")
+        engine = start_engine(job, config, world)
+        ledger = Ledger(config.run.dir, job.train, world, start_step=0, max_bad_fraction=0.0)
+        yield {"ready": True}
+        batches = train_batches(job.train, job.view, job.plan, world, seed=0, first_step=0)
+        numbers = itertools.count(1)
+
+        def step() -> StepStats:
+            return train_step(engine, batches, ledger, job.plan, world, step=next(numbers), scale=0.1).stats
+
+        for _ in range(part.size["warm_up"] + _made_ahead(contestant["workers"])):
+            step()
+        _synchronize(world.device)
+        started, seen = time.perf_counter(), list[StepStats]()
+        while len(seen) < part.size["steps"] or time.perf_counter() - started < part.size["seconds"]:
+            seen.append(step())
+        _synchronize(world.device)
+        seconds = (time.perf_counter() - started) / len(seen)
+        need = _need(config, job, contestant)
+        flops = statistics.mean(need.total(one.photos, one.captions, one.tokens) for one in seen)
+        waited = sum(one.data_wait_seconds for one in seen) / sum(one.seconds for one in seen)
+        found = _rates(contestant["photos"], seconds, flops)
+        yield {**found, "num_steps": len(seen), "wait_share": waited, "memory_gib": _peak_gib(world.device)}
+
+
+KINDS = {"data": data, "steps": steps, "loader": loader, "whole loop": whole_loop}
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    part = Part(spec["kind"], Path(spec["folder"]), spec["size"], spec["contestants"])
+    with Path(sys.argv[2]).open("w") as file:
+
+        def tell(line: Found) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()  # a process that is killed has told what it had
+
+        try:
+            for found in KINDS[part.kind](part):
+                tell(found)
+        except Exception as error:
+            tell({"problem": f"{type(error).__name__}: {error}"})
+            raise
+
+
+if __name__ == "__main__":
+    main()
