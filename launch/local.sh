@@ -11,7 +11,7 @@ here=$(dirname "$0")
 python=${PYTHON:-$here/../.venv/bin/python}
 [ -x "$python" ] || [ -n "${PYTHON:-}" ] || python=python3
 if [ -z "${NPROC:-}" ]; then
-    NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
     [ "$NPROC" -gt 0 ] || NPROC=1
 fi
 cores=$(nproc)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as torch_dist
 
 from pvtcap.errors import PvtcapError
+from pvtcap.hostmemory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ class World:
         device = _pick_device(local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         described = () if "RANK" in os.environ else tuple(_ALONE)
         store = None
         if described:

@@ -23,6 +23,10 @@ from pvtcap.dist import World
 from pvtcap.errors import ConfigError
 from pvtcap.stream import Batch
 
+# Elements of the buffer through which ZeRO reduces gradients. DeepSpeed's 500 million would hold all of our models' at
+# once: 2 GB of float32, on CPUs new pages in each step (0.8 s of 4.6, benchmarks/LOG.md).
+_BUCKET = 50_000_000
+
 
 def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's own configuration; written to the run folder as ``deepspeed.json``.
@@ -32,7 +36,7 @@ def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) 
     """
     bf16, fp16, zero = config.precision == "bf16", config.precision == "fp16", config.zero
     pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    tree = {
+    tree: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
@@ -52,7 +56,10 @@ def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) 
     }
     if universal:
         tree["checkpoint"] = {"load_universal": True}
-    return tree if zero.deepspeed_json is None else _merged(tree, _read_json(zero.deepspeed_json), zero.deepspeed_json)
+    if zero.deepspeed_json is not None:
+        tree = _merged(tree, _read_json(zero.deepspeed_json), zero.deepspeed_json)
+    tree["zero_optimization"].setdefault("reduce_bucket_size", _BUCKET)
+    return tree
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,6 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 _PIECES_A_WORD = 1.1  # BERT's, of COCO's and Flickr's captions
 _CAPTION_WORDS = 12  # where no caption can be looked at: COCO's mean, 10.5 words and the full stop
 _LONGEST_ROW = 1.25  # of a batch of eight, to the mean one; measured on Flickr8k
-_DEEPSPEED_BUCKET = 500_000_000  # elements; DeepSpeed's default of reduce_bucket_size
 _LEAD_S = 120  # slurm/train.sbatch's --signal
 _DISK_BYTES_S = 500e6  # assumed where nothing has been measured
 _GIB = 1 << 30
@@ -84,7 +83,7 @@ def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
         labels=batches.micro_batch * max(1, row_tokens - prompt),
         features=None if features is None else features.shape,
     )
-    bucket = deepspeed_dict(config, batches)["zero_optimization"].get("reduce_bucket_size", _DEEPSPEED_BUCKET)
+    bucket = deepspeed_dict(config, batches)["zero_optimization"]["reduce_bucket_size"]
     size = sizes.trained * (16 if config.precision == "fp32" else 18)
     seconds = _measured_save(config.run.dir)
     return Plan(
