@@ -83,7 +83,7 @@ class StepFlops:
         token = layers * (decoder * own + cross * 4 * width**2 + attended)
         return cls(photo, token, decoder * (2 * width**2 + 2 * width * vocab_size), prompt)
 
-    def total(self, photos: int, captions: int, labels: int) -> float:
+    def total(self, photos: float, captions: float, labels: float) -> float:
         """Of a step; ``labels`` are the tokens that are predicted."""
         return self.photo * photos + self.token * (labels + self.prompt * captions) + self.label * labels
 

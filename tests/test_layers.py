@@ -46,7 +46,7 @@ LEVELS = [
         "evalparts",
         "scoretable",
     },
-    {"runfolder"},
+    {"runfolder", "scaling"},
     {"photosource", "configfile", "comparison", "chart", "shardinfo", "urltable", "weightreport", "zerostate"},
     {"nodecheck", "doctor"},
     {"scoring", "text", "candidate", "encoder", "projection", "pixels", "infotable", "infopictures", "fetch"},

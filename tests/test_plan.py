@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import subprocess
 import sys
@@ -11,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from shardserver import ShardServer
 
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config
 from pvtcap.configfile import load, parse
 from pvtcap.dryrun import meta_captioner, step_bytes
 from pvtcap.errors import ConfigError
-from pvtcap.plan import plan
+from pvtcap.plan import plan, print_plan
 from pvtcap.rankmemory import Sizes
+from pvtcap.scaling import NETWORKS
 from pvtcap.stream import Batch
 
 
@@ -71,7 +76,9 @@ def test_steps_batches_shards_and_the_line_to_submit(tree: dict[str, Any]) -> No
     assert (found.total_steps, found.num_shards, found.why_no_steps) == (12, 3, None)
     assert found.submit == "sbatch --nodes 2 --gpus-per-node 2 slurm/train.sbatch tiny.yaml"
     tree["data"]["train"] = "nowhere"
-    assert "no such shard folder" in str(plan(parse(tree, "test"), "tiny.yaml", 1, 1).why_no_steps)
+    absent = plan(parse(tree, "test"), "tiny.yaml", 1, 1)
+    assert "no such shard folder" in str(absent.why_no_steps)
+    assert (absent.speed.storage, absent.speed.rows[0].first_bytes_s) == (None, None)
     with pytest.raises(ConfigError, match="not a multiple"):
         plan(parse(tree, "test"), "tiny.yaml", 3, 1)
 
@@ -112,6 +119,46 @@ def test_a_checkpoints_time_is_the_runs_own_where_there_is_one(config: Config) -
     assert (found.measured, found.checkpoint_seconds) == (True, 1.0)
 
 
+def test_speed_is_assumed_until_the_run_has_measured_it(config: Config) -> None:
+    assumed = plan(config, "", 2, 2).speed
+    assert assumed.compute.source.startswith("assumed: 40% of 67 TFLOP/s")
+    assert [row.network for row in assumed.rows] == [network.name for network in NETWORKS]
+    assert all(one.step_s < other.step_s for one, other in itertools.pairwise(assumed.rows))
+    config.run.dir.mkdir()
+    numbers = {"speed/images_per_second": 8.0, "speed/images_per_second_per_device": 4.0}
+    lines = [{"step": step, "kind": "train"} | numbers for step in (1, 2, 3)]
+    (config.run.dir / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = plan(config, "", 1, 1).speed
+    assert found.compute.source.startswith("measured by this run on 2 ranks")
+    assert (found.sent_bytes, found.rows[0].waited_share) == (0, 0)
+    assert found.rows[0].step_s == pytest.approx(8 / 4)
+    assert found.rows[0].captions_s == pytest.approx(4 * 2)
+
+
+def test_speed_heeds_the_stage_the_features_and_deepspeeds_own_option(tree: dict[str, Any], tmp_path: Path) -> None:
+    learning = sizes(parse(tree, "test")).trained
+    assert plan(parse(tree, "test"), "", 2, 1).speed.sent_bytes == 3 * 4 * learning / 2
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"overlap_comm": true}}')
+    tree["zero"] = {"stage": 0, "deepspeed_json": str(tmp_path / "mine.json")}
+    found = plan(parse(tree, "test"), "", 2, 1).speed
+    assert (found.sent_bytes, found.overlap) == (2 * 4 * learning / 2, 0.5)
+    tree["zero"] = {"stage": 3}
+    assert plan(parse(tree, "test"), "", 2, 1).speed.overlap == 0.5
+
+
+def test_nodes_that_share_lanes_fetch_the_same_shards(shapes: Path, tree: dict[str, Any], tmp_path: Path) -> None:
+    with ShardServer(shapes / "train") as server:
+        tree["data"] |= {"train": server.url, "cache_dir": str(tmp_path / "cache"), "lanes": 1}
+        config = parse(tree, "test")
+        found = plan(config, "", 2, 1)
+        console = Console(file=io.StringIO(), width=200)
+        print_plan(found, config, console)
+    assert found.speed.storage is not None
+    assert (found.speed.storage.nodes_a_shard, found.speed.storage.again) == (2.0, 0.0)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "a shard is read by 2.00 nodes; by one with data.lanes=2" in said
+
+
 def test_the_command_prints_it_for_people_and_for_scripts(tree: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -123,4 +170,8 @@ def test_the_command_prints_it_for_people_and_for_scripts(tree: dict[str, Any], 
     ]
     assert "global batch 8 = 8 × 1 ranks × 1 accumulated" in said[0]
     assert "6 steps" in said[0]
-    assert json.loads(said[1])["memory"]["2"]["peak"] > 0
+    assert "assumed: " in said[0]
+    assert "each node reads 8 of 8 lanes" in said[0]
+    found = json.loads(said[1])
+    assert found["memory"]["2"]["peak"] > 0
+    assert found["speed"]["rows"][0]["captions_s"] > 0
