@@ -132,8 +132,8 @@ def peer(folder: Path, args: argparse.Namespace) -> None:
         }  # fmt: skip
 
     class Peer(RowEach):
-        def forward(self, **inputs: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-            return {"loss": super().forward(**inputs)}
+        def forward(self, photos: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor) -> Any:  # as Trainer wants it
+            return {"loss": super().forward(photos, tokens, labels, mask)}
 
     torch.manual_seed(0)
     ours = Captioner(config, tokenizer.size)

@@ -18,6 +18,7 @@ LEVELS = [
     {
         "shardformat",
         "processes",
+        "hostmemory",
         "preemption",
         "spikes",
         "stallwatch",
