@@ -77,10 +77,11 @@ BENCHMARKS = (
         "features",
         "--photos {flickr8k}/images --captions {flickr8k}/Flickr8k.token.txt "
         "--list {flickr8k}/Flickr_8k.trainImages.txt "
-        "--num-photos 256 --image-px 64 --repeat 1",
+        "--num-photos 192 --image-px 224 --steps 8 --repeat 1",
         ("flickr8k",),
     ),
     Benchmark("train_step", "--repeat 2"),
+    Benchmark("floors", "--repeat 3"),
     Benchmark(
         "whole_job",
         "--flickr8k {flickr8k} --peer {accelerate} --minutes 1.5 --captions 5",

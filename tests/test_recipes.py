@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -90,3 +91,14 @@ def test_a_wheel_carries_the_recipes(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.split() == [str(tmp_path / "site/pvtcap/_recipes"), "runs/shapes"]
+
+
+def test_local_sh_starts_one_process_where_there_is_no_gpu(tmp_path: Path) -> None:
+    for name in ("bash", "env", "dirname", "nproc", "wc"):  # and no nvidia-smi
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    environment = {"PATH": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        [ROOT / "launch" / "local.sh", "--version"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("pvtcap ")
