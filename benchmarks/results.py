@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -90,6 +89,8 @@ def _number(value: float) -> str:
 
 def machine() -> str:
     """As README quotes it: cores, processor, torch."""
+    import torch  # here, since the processes that some benchmarks start import their file again
+
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

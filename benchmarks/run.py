@@ -63,7 +63,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark(
         "build_shards",
-        "--photos {coco}/val2017 --num-photos 512 --repeat 1 --img2dataset {img2dataset}/bin/img2dataset",
+        "--photos {coco}/val2017 --num-photos 1024 --repeat 1 --img2dataset {img2dataset}/bin/img2dataset",
         ("coco",),
         ("img2dataset",),
     ),
@@ -132,8 +132,8 @@ def main() -> None:
         if code.returncode:
             failed.append(one.name)
         else:
-            for file in sorted(FOLDER.glob(f"{one.name}*.json"), key=lambda path: path.stat().st_mtime)[-1:]:
-                rows += [Row(**row) for row in json.loads(file.read_text())["rows"]]
+            newest = max(FOLDER.glob(f"{one.name}*.json"), key=lambda path: path.stat().st_mtime)  # stream_1.json
+            rows += [Row(**row) for row in json.loads(newest.read_text())["rows"]]
     if rows:
         print_rows(machine(), rows)
         draw(rows, args.picture)

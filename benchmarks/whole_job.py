@@ -30,12 +30,11 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
+from results import Row, report
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-RESUME_ME = 75
+RESUME_ME, PEER = 75, "transformers"
 Point = tuple[float, float]  # seconds of training, validation loss
 
 
@@ -186,8 +185,7 @@ def peer(folder: Path, args: argparse.Namespace) -> None:
     watch = Watch()
     Trainer(model, arguments, data_collator=collate, train_dataset=Rows(), callbacks=[watch]).train()
     if torch_dist.get_rank() == 0:
-        rate = float(torch.tensor(watch.rates[3:]).median())
-        (folder / "peer.json").write_text(json.dumps({"points": points, "captions_per_s": rate}))
+        (folder / "peer.json").write_text(json.dumps({"points": points, "captions_per_s": watch.rates[3:]}))
 
 
 def by_peer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def by_pvtcap(folder: Path, args: argparse.Namespace, captions: int) -> dict[str
             rates.append(line["speed/captions_per_second"])
         elif "val/loss" in line:
             points.append((spent, line["val/loss"]))
-    return {"points": points, "captions_per_s": float(torch.tensor(rates[3:]).median())}
+    return {"points": points, "captions_per_s": rates[3:]}
 
 
 def run(command: list[str], wanted: int) -> None:
@@ -259,34 +257,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build(folder, args)
-        found = {"transformers": by_peer(folder, args)}
+        found = {PEER: by_peer(folder, args)}
         for captions in args.captions:
             found[f"pvtcap {captions}"] = by_pvtcap(folder, args, captions)
-    report(found, args)
+    goal = min(loss for _, loss in found[PEER]["points"])
+    title = f"{args.rows} captions a step, {args.layers} layers of {args.width}, {args.px} px, two processes"
+    options = {name: getattr(args, name) for name in SHARED}
+    report("whole_job", title, rows_of(found, goal), {"options": options, "goal": goal, "found": found})
 
 
-def report(found: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    theirs = found["transformers"]
-    goal = min(loss for _, loss in theirs["points"])
-    needed = seconds_to(goal, theirs["points"])
-    assert needed is not None
-    title = (
-        f"until the validation loss is {goal:.3f}; {args.rows} captions a step, {args.layers} layers of {args.width}"
-    )
-    table = Table("", title=title)
-    for column in ("captions/s", "to the peer", "seconds", "to the peer", "last loss"):
-        table.add_column(column, justify="right")
+def rows_of(found: dict[str, dict[str, Any]], goal: float) -> list[Row]:
+    theirs = found[PEER]
     rows = []
     for name, one in found.items():
-        seconds, rate = seconds_to(goal, one["points"]), one["captions_per_s"]
-        ratio = {"rate": rate / theirs["captions_per_s"], "time": None if seconds is None else seconds / needed}
-        rows.append({"who": name, **one, "seconds": seconds, "ratio": ratio})
-        told = ("not reached", "") if seconds is None else (f"{seconds:.0f}", f"{seconds / needed:.2f}")
-        table.add_row(name, f"{rate:.1f}", f"{ratio['rate']:.2f}", *told, f"{one['points'][-1][1]:.3f}")
-    Console(width=110).print(table)
-    options = {name: getattr(args, name) for name in SHARED}
-    content = {"cpus": os.cpu_count(), "options": options, "goal": goal, "rows": rows}
-    (ROOT / "benchmarks" / "results" / "whole_job.json").write_text(json.dumps(content, indent=1) + "\n")
+        if name != PEER:
+            rates = {name: one["captions_per_s"], PEER: theirs["captions_per_s"]}
+            rows.append(Row.of("the whole job", "captions/s", rates, goal=3.5))
+            if (seconds := seconds_to(goal, one["points"])) is None:
+                print(f"{name}: {goal:.3f} not reached, {one['points'][-1][1]:.3f} after {one['points'][-1][0]:.0f} s")
+            else:
+                both = {name: [seconds], PEER: [seconds_to(goal, theirs["points"]) or 0.0]}
+                what = f"until val loss {goal:.3f}"
+                rows.append(Row.of(what, "s", both, goal=1 / 0.4, less_is_better=True))
+    return rows
 
 
 if __name__ == "__main__":

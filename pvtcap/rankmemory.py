@@ -23,9 +23,10 @@ reading DeepSpeed 0.19 and from measuring it on CPUs, and ``benchmarks/memory.py
                       ZeRO-3      the same, the bucket, which stays, and the gathered parameters, as malloc does
     base          on CPUs only: Python, torch, transformers and DeepSpeed, before there is a model (measured)
 
-Freed memory is not all given back: small blocks stay with glibc's malloc, so activations count in the step as well, and
-``temporary`` has a share of P and a constant that were measured. On a GPU there are none of these, but buckets are
-there in full: ``gpu`` is derived, not measured. AdamW is fused and has no temporaries.
+A rank on CPUs gives no freed memory back (``hostmemory``), and blocks of other sizes do not always fit where one was:
+activations count in the step as well, and ``temporary`` has a constant and a multiple of e P that were measured, in
+float32. On a GPU there are none of these, but buckets are there in full: ``gpu`` is derived, not measured. AdamW is
+fused and has no temporaries.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from pvtcap.dryrun import StepBytes
 
 MIB = 1 << 20
 BASE = 790 * MIB  # measured: torch 2.14 (a build with CUDA), DeepSpeed 0.19, transformers 5.24 on Linux
-RESIDUE = 100 * MIB  # measured: what malloc keeps of a step beside the activations and the share below
-RESIDUE_OF_WEIGHTS = (0.0, 0.75, 0.4, 0.5)  # measured: share of e P, for each stage
+RESIDUE = 100 * MIB  # measured: what malloc keeps of a step beside the activations and the multiple below
+RESIDUE_OF_WEIGHTS = (0.83, 2.55, 2.2, 2.25)  # measured: times e P, for each stage
 
 
 @dataclass(frozen=True)
