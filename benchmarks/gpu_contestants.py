@@ -236,7 +236,7 @@ def _bare_steps(job: Job, config: Config, world: World, loop: str) -> StepOf:
             return steps_of(ours, groups, lambda: autocast(lambda batch, count: ours(batch) / count, *next(turns)))
 
         return packed
-    model = RowEach(job.model).to(world.device)
+    model = RowEach(job.model, config.model.dropout).to(world.device)
     model.text.train()
     if config.train.compile:
         model.text.compile()

@@ -6,7 +6,7 @@ Two contestants at a time take turns, each in a process of its own; a step is a 
 
     packed       pvtcap's model, the five captions of a photo in one row
     a row each   as BLIP, LAVIS and open_clip train: a caption a row, each with its photo, through transformers' own
-                 BlipTextLMHeadModel behind the same encoder and projection
+                 BlipTextLMHeadModel behind the same encoder and projection, with the same dropout (BLIP's 0.1)
     …            both again from the encoder's output, as feature shards give it
     whole loop   ``pvtcap train`` on the same shards: stream, DeepSpeed (ZeRO-2, one rank), monitor
     bare loop    the packed model, batches made before, loss, backward, clip, step: nothing else
@@ -163,7 +163,7 @@ def contestant(name: str, folder: Path, photos: int, px: int) -> Callable[[], No
     if name.startswith("packed"):
         batch = replace(batch, photos=shown)
         return steps_of(ours, parameter_groups(ours, config.optim), lambda: loss_of(ours, batch))
-    row_each = RowEach(ours)
+    row_each = RowEach(ours, config.model.dropout)
     row_each.train()
     rows, tokens, labels, mask = unpacked(batch, tokenizer)
     if shown is not batch.photos:
