@@ -155,6 +155,7 @@ def draw(rows: list[Row], path: Path) -> None:
     for number, row in enumerate(rows):
         axes.annotate(f"{row.ratio:.2f}", (row.ratio, number), (3, 0), textcoords="offset points", va="center", size=8)
     axes.set(xscale="log", title=f"how many times better than the peer or the limit\n{machine()}")
+    axes.margins(x=0.12, y=0.01)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.legend(loc="lower right")
