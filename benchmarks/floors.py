@@ -30,7 +30,7 @@ from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
 from pvtcap.text import CaptionTokenizer
 
-GOAL = 1 / 1.3
+GOAL = 0.77  # 1 / 1.3
 FLOAT = 4  # bytes
 
 

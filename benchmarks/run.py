@@ -1,6 +1,6 @@
 """All benchmarks, short: make bench, or python benchmarks/run.py --flickr8k DIR --coco DIR [--only NAME …]
 
-Under twenty minutes on two cores. Each file beside this one asks one question and can be run by itself, longer, with
+About twenty minutes on two cores. Each file beside this one asks one question and can be run by itself, longer, with
 options of its own. Peers are installed from PyPI into environments of their own in benchmarks/environments, once. What
 needs photos that were not named is left out, and said. In the end: one table, benchmarks/results/*.json, and a picture.
 """
