@@ -5,8 +5,7 @@ The same JPEGs, scaled to a short side of 384 px, in the same number of processe
     bare        Pillow alone: read, decode, resize, encode; nothing is stored. The limit.
     folder      pvtcap shards folder, from the disk
     download    pvtcap shards conceptual-captions, from a server on loopback
-    img2dataset from the same server, with its webdataset output; in an environment of its own:
-                python3 -m venv VENV && VENV/bin/pip install img2dataset
+    img2dataset from the same server, with its webdataset output; run.py makes its environment
 
 Photos are counted by second and by CPU second of the tool and its workers (not of the server, which shares the
 machine): start-up is included in both. The median of --repeat runs, which take turns.

@@ -6,7 +6,7 @@ A full-size model (pvt_v2_b1 and the 137.9M decoder; new weights, which cost wha
     engine       pvtcap's training step under DeepSpeed, batches on the device: sizes, ZeRO stages, compiled or not
     packed       the same model in a bare loop: autocast, AdamW, no DeepSpeed
     a row each   the peer, as BLIP, LAVIS and open_clip train: a caption a row, each with its photo, through
-                 transformers' BlipTextLMHeadModel (without dropout) behind the same encoder and projection, bare loop
+                 transformers' BlipTextLMHeadModel behind the same encoder and projection, bare loop, the same dropout
     loader       photos a second that the stream delivers with so many workers, nobody training
     whole loop   ``pvtcap.train.train_step`` on the stream (ZeRO-2): what an epoch of Flickr30k's size is reckoned from
 
@@ -121,36 +121,36 @@ def parts(size: Size, rows: list[Row]) -> Iterator[Part]:
 def run_part(part: Part, folder: Path, size: Size, deadline: float) -> list[Row]:
     """A row for each contestant of the part; it ends by the deadline (monotonic seconds)."""
     rows: list[Row] = []
-    todo, until = list(part.contestants), min(time.monotonic() + part.limit_s, deadline)
+    remaining, until = list(part.contestants), min(time.monotonic() + part.limit_s, deadline)
     least_s = 20.0 if size.needs_gpu else 1.0  # imports, a model, and CUDA's start
-    while todo:
+    while remaining:
         left_s = until - time.monotonic()
         if left_s < least_s:
             over = "the budget is" if until == deadline else f"the part's {part.limit_s:g} s are"
-            rows += [Row(part.name, one, reason=f"left out: {over} over") for one in todo]
+            rows += [Row(part.name, one, reason=f"left out: {over} over") for one in remaining]
             break
-        found, problem = run_child(part, todo, folder, size, left_s)
-        rows += [Row(part.name, one, result) for one, result in zip(todo, found[1:], strict=False)]
-        todo = todo[len(found[1:]) :]
-        if todo and not found:  # the part could not begin
-            rows += [Row(part.name, one, reason=problem) for one in todo]
+        found, problem = run_child(part, remaining, folder, size, left_s)
+        rows += [Row(part.name, one, result) for one, result in zip(remaining, found[1:], strict=False)]
+        remaining = remaining[len(found[1:]) :]
+        if remaining and not found:  # the part could not begin
+            rows += [Row(part.name, one, reason=problem) for one in remaining]
             break
-        if todo:
-            failed = todo.pop(0)
+        if remaining:
+            failed = remaining.pop(0)
             rows.append(Row(part.name, failed, reason=problem))
             if "out of memory" in problem.lower():
-                larger = [one for one in todo if one.input == failed.input and one.photos > failed.photos]
+                larger = [one for one in remaining if one.input == failed.input and one.photos > failed.photos]
                 rows += [Row(part.name, one, reason=f"{failed.photos} photos did not fit in memory") for one in larger]
-                todo = [one for one in todo if one not in larger]
+                remaining = [one for one in remaining if one not in larger]
     return rows
 
 
 def run_child(
-    part: Part, todo: list[Contestant], folder: Path, size: Size, limit_s: float
+    part: Part, remaining: list[Contestant], folder: Path, size: Size, limit_s: float
 ) -> tuple[list[dict[str, Any]], str]:
     """The lines that the process wrote (one that it is ready, one a contestant), and what ended it before all were."""
     spec, out, told = folder / "spec.json", folder / "out.jsonl", folder / "stderr.txt"
-    contestants = [asdict(one) for one in todo]
+    contestants = [asdict(one) for one in remaining]
     spec.write_text(
         json.dumps({"kind": part.kind, "folder": str(folder), "size": asdict(size), "contestants": contestants})
     )

@@ -1,4 +1,4 @@
-"""What every benchmark says in the end: the same table, and a file in benchmarks/results.
+"""What every benchmark says in the end: the same table, and a file in benchmarks/results (make bench: results/short).
 
 rows = [Row.of("packed or a row each", "captions/s", {"packed": rates, "a row each": others}, goal=3.5)]
 report("train_step", "8 photos × 5 captions a step", rows, measured)
@@ -19,7 +19,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.table import Table
 
-FOLDER = Path(__file__).parent / "results"
+# run.py has its short runs write elsewhere, so that they never replace longer ones.
+FOLDER = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Row:
 def report(name: str, title: str, rows: Sequence[Row], measured: Mapping[str, Any]) -> None:
     """Print the table; write it, and all that was measured, to results/``name``.json."""
     print_rows(title, rows)
-    FOLDER.mkdir(exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     content = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),

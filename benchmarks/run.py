@@ -2,7 +2,7 @@
 
 About twenty minutes on two cores. Each file beside this one asks one question and can be run by itself, longer, with
 options of its own. Peers are installed from PyPI into environments of their own in benchmarks/environments, once. What
-needs photos that were not named is left out, and said. In the end: one table, benchmarks/results/*.json, and a picture.
+needs photos that were not named is left out, and said. In the end: one table, benchmarks/results/short, and a picture.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from results import FOLDER, Row, machine, print_rows
+from results import Row, machine, print_rows
 
 HERE = Path(__file__).parent
+SHORT = HERE / "results" / "short"
 ENVIRONMENTS = HERE / "environments"
 # What pip installs into each environment; "torch": it looks for torch and what comes with it where ours is.
 INSTALLED = {
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt and its lists")
     parser.add_argument("--coco", type=Path, help="folder with val2017/ and annotations/captions_val2017.json")
     parser.add_argument("--only", nargs="+", choices=[one.name for one in BENCHMARKS])
-    parser.add_argument("--picture", type=Path, default=FOLDER / "ratios.png")
+    parser.add_argument("--picture", type=Path, default=SHORT / "ratios.png")
     args = parser.parse_args()
     rows: list[Row] = []
     failed = []
@@ -126,13 +127,13 @@ def main() -> None:
         places = {name: getattr(args, name) for name in one.photos} | {name: environment_of(name) for name in one.peers}
         words = [word.format(**places) for word in one.words.split()]
         started = time.perf_counter()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "BENCHMARK_RESULTS": str(SHORT)}
         code = subprocess.run([sys.executable, str(HERE / f"{one.name}.py"), *words], env=environment, check=False)
         print(f"{one.name}: {time.perf_counter() - started:.0f} s", flush=True)
         if code.returncode:
             failed.append(one.name)
         else:
-            newest = max(FOLDER.glob(f"{one.name}*.json"), key=lambda path: path.stat().st_mtime)  # stream_1.json
+            newest = max(SHORT.glob(f"{one.name}*.json"), key=lambda path: path.stat().st_mtime)  # stream_1.json
             rows += [Row(**row) for row in json.loads(newest.read_text())["rows"]]
     if rows:
         print_rows(machine(), rows)

@@ -14,12 +14,8 @@ first batches left out): medians of --repeat runs, which take turns. Then the se
 out: at the start, and (once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again
 what came before: with decoding, as a plain loop does, or ("reading") without.
 
-streaming (--streaming VENV) wants an older NumPy; give it an environment that looks for torch where ours is:
-
-    python3 -m venv VENV && VENV/bin/pip install --no-deps mosaicml-streaming
-    VENV/bin/pip install 'numpy<2.2' 'transformers<5' 'matplotlib<4' 'google-cloud-storage<3.3' 'paramiko<4' boto3 oci \
-        Brotli python-snappy tqdm xxhash zstd catalogue azure-storage-blob azure-storage-file-datalake azure-identity
-    python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > VENV/lib/python3.*/site-packages/zz_torch.pth
+streaming (--streaming VENV) wants an older NumPy, so it has an environment of its own that looks for torch where ours
+is: run.py makes it in environments/streaming.
 """
 
 from __future__ import annotations

@@ -9,11 +9,8 @@ decoder of the same size, AdamW, learning rates and ZeRO-2 in two processes of o
                   a step as the peer has rows
 
 The peer trains for --minutes; the loss on all captions of the validation photos that it reaches is the goal of the
-others. Time is that of training steps with their waiting for data; validation is left out for both. It runs in an
-environment of its own, which looks for torch where ours is:
-
-    python3 -m venv VENV && VENV/bin/pip install --no-deps accelerate
-    python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > VENV/lib/python3.*/site-packages/zz_torch.pth
+others. Time is that of training steps with their waiting for data; validation is left out for both. The peer needs
+accelerate, in an environment that looks for torch where ours is: run.py makes it in environments/accelerate.
 """
 
 from __future__ import annotations
@@ -240,7 +237,7 @@ SHARED = ("px", "layers", "width", "rows", "lr", "minutes", "val_every")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt and its lists")
-    parser.add_argument("--peer", type=Path, metavar="VENV", help="environment with accelerate; see above")
+    parser.add_argument("--peer", type=Path, metavar="VENV", help="environment with accelerate")
     parser.add_argument("--captions", type=int, nargs="+", default=[5, 2, 1], help="of a photo in a step")
     parser.add_argument("--rows", type=int, default=80, help="captions a step")
     parser.add_argument("--px", type=int, default=224)

@@ -56,7 +56,7 @@ def test_make_bench_starts_what_there_is(results: ModuleType, monkeypatch: pytes
 
 
 def test_results_in_the_repository_are_of_this_form(results: ModuleType) -> None:
-    for file in sorted((FOLDER / "results").glob("*.json")):
+    for file in sorted((FOLDER / "results").rglob("*.json")):
         found = json.loads(file.read_text())
         if "rows" in found and "machine" in found:
             assert [results.Row(**row) for row in found["rows"]], file
