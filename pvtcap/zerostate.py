@@ -1,7 +1,7 @@
 """A trained model's parameters out of DeepSpeed's sharded files, by one process, whatever ranks and stage wrote them.
 
 Needed only where a checkpoint has lost its ``trainable.safetensors``. DeepSpeed's reader unpickles anything, so a file
-is first looked through for what it would call: tensors, plain values and three classes of DeepSpeed's pass.
+is first looked through for what it would call: tensors, plain values and a few classes of DeepSpeed's pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pvtcap.errors import CheckpointError
 from pvtcap.weightfiles import read_tree
 
 _ALLOWED = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
@@ -66,7 +67,7 @@ def _unsharded(folder: Path, files: list[Path], precision: str) -> dict[str, Ten
     """ZeRO-0: every rank has all of it, in the precision of the training."""
     if precision != "fp32":
         raise CheckpointError(
-            "ZeRO-0 in bf16 keeps its float32 parameters where only training finds them",
+            f"ZeRO-0 in {precision} keeps its float32 parameters where only training finds them",
             where=folder,
             do="Resume the run for one step: its next checkpoint has trainable.safetensors.",
         )

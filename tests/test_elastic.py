@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import RankFunction
+from safetensors.torch import load_file
 from test_train import logged, losses
 
 from pvtcap import audit, checkpoint, stepfolders
@@ -70,6 +71,36 @@ def test_another_number_of_ranks_or_stage_goes_on_with_the_same_losses_and_sampl
         assert ("was 2 ranks" in told) == ((before, 2) != (now, ranks))
         assert not list((run / "checkpoints").glob("*universal*"))
         assert consumed(run) == consumed(whole[before])
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
+def test_in_16_bits_the_float32_weights_and_the_moments_go_along(
+    run_ranks: RankFunction, steady: dict[str, Any], tmp_path: Path, precision: str
+) -> None:
+    """Against the unbroken run: apart by a small part of the way that the weights have gone since."""
+    steady = {**steady, "precision": precision}
+    changes = [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 3, 2), (3, 1, 2)]
+    whole = {stage: tmp_path / f"whole-{stage}" for stage in (1, 2, 3)}
+    stages = [(str(run), stage) for stage, run in whole.items()]
+    run_ranks("test_elastic:runs", 2, tree=steady, which=stages, steps=FIRST)
+    begun, end = f"checkpoints/step_{FIRST:08d}", f"checkpoints/step_{2 * FIRST:08d}"
+    changed = {change: tmp_path / "-".join(map(str, change)) for change in changes}
+    for (before, _, _), run in changed.items():
+        shutil.copytree(whole[before] / begun, run / begun)
+        shutil.copytree(whole[before] / "ledger", run / "ledger")
+    run_ranks("test_elastic:runs", 2, tree=steady, which=stages, steps=2 * FIRST)
+    for ranks in (1, 2):
+        which = [(str(run), now) for (_, now, size), run in changed.items() if size == ranks]
+        run_ranks("test_elastic:runs", ranks, tree=steady, which=which, steps=2 * FIRST)
+    for (before, now, ranks), run in changed.items():
+        start, goal, reached = (weights(one) for one in (whole[before] / begun, whole[before] / end, run / end))
+        way = torch.linalg.vector_norm(goal - start)
+        assert torch.linalg.vector_norm(reached - goal) < 0.2 * way, (before, now, ranks)
+
+
+def weights(checkpoint: Path) -> torch.Tensor:
+    state = load_file(checkpoint / "trainable.safetensors")
+    return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
 def consumed(run: Path) -> list[Any]:

@@ -51,13 +51,14 @@ def run_and_go_on(world: World, tree: dict[str, Any], stages: list[int]) -> None
             training.run(config, world)
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long), "fp16"])
 def test_a_resumed_run_repeats_the_unbroken_one_to_the_last_digit(
-    run_ranks: RankFunction, tree: dict[str, Any], tmp_path: Path
+    run_ranks: RankFunction, tree: dict[str, Any], tmp_path: Path, precision: str
 ) -> None:
     # Dropout, augmentation, accumulation and two decoding processes: all that could differ does its part.
     tree["data"] |= {"micro_batch": 2, "workers": 1}
     tree["train"] |= {"val_every_steps": 3}
-    tree |= {"checkpoint": {"every_steps": 3, "keep_last": 2}}
+    tree |= {"checkpoint": {"every_steps": 3, "keep_last": 2}, "precision": precision}
     run_ranks("test_train:run_and_go_on", 2, tree=tree, stages=[0, 1, 2, 3])
     for stage in range(4):
         whole, resumed = (tmp_path / "run" / f"{name}-{stage}" for name in ("whole", "resumed"))
