@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,7 +78,9 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         # After an error the other ranks may never answer; leaving is all that is safe.
         if torch_dist.is_initialized() and kind is None:
-            torch_dist.destroy_process_group()
+            # DeepSpeed, where it was used, holds groups of its own, which the next World of this process must not meet.
+            deepspeed = sys.modules.get("deepspeed.comm")
+            (deepspeed if deepspeed and deepspeed.is_initialized() else torch_dist).destroy_process_group()
         for name in self.described:  # or the processes that come after this one would take themselves for ranks
             os.environ.pop(name, None)
 
