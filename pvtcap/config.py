@@ -177,7 +177,7 @@ class TrainConfig(_Section):
     profile_steps: NonNegativeInt = Field(
         0, description="Trace so many steps of rank 0, after the third: RUN/profile, for Perfetto or chrome://tracing."
     )
-    compile: bool = Field(False, description="torch.compile of the decoder.")
+    compile: bool = Field(False, description="torch.compile of encoder and decoder.")
     activation_checkpointing: bool = Field(
         False, description="Compute the decoder's activations again in the backward pass: less memory, a third slower."
     )

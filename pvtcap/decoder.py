@@ -8,6 +8,7 @@ Source: Li et al., "BLIP: Bootstrapping Language-Image Pre-training", 2022. tran
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
+        self._compiled = False
+        self._losses: Callable[[Tensor, Tensor], Tensor] = self._cross_entropies
         self.row_losses_B = torch.zeros(0)  # of the last forward pass: which photos cost how much
         bert_config: Any = BertConfig(  # type: ignore[call-arg]  # takes any setting
             vocab_size=vocab_size,
@@ -61,8 +64,10 @@ class Decoder(nn.Module):
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable = next(getattr(self.lm, name) for name in names if hasattr(self.lm, name))
             enable({"use_reentrant": False})
+        self._compiled = compiled
         if compiled:
             self.lm.bert.compile()
+            self._losses = torch.compile(self._cross_entropies)
 
     def cross_attention_parameters(self) -> list[nn.Parameter]:
         layers = self.lm.bert.encoder.layer
@@ -72,25 +77,37 @@ class Decoder(nn.Module):
         self, patches_BPD: Tensor, tokens_BT: Tensor, labels_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor
     ) -> Tensor:
         """Sum, not mean, of the cross-entropies (nats, float32) of all N labelled tokens. Smoothed only in training."""
+        mask_B1TT = packed_mask(segments_BT)
+        self._differs(tokens_BT, 1)
+        self._differs(positions_BT, 1)
+        self._differs(mask_B1TT, 2, 3)
         hidden_BTD = self.lm.bert(
             input_ids=tokens_BT,
-            attention_mask=packed_mask(segments_BT),
+            attention_mask=mask_B1TT,
             position_ids=positions_BT,
             encoder_hidden_states=patches_BPD,
             use_cache=False,
         ).last_hidden_state
         labelled_BT = labels_BT != IGNORE
         # The vocabulary is the widest matrix here: only rows that have a label go through it.
-        logits_NV = self.lm.cls(hidden_BTD[labelled_BT])
-        losses_N = functional.cross_entropy(
-            logits_NV.float(),
-            labels_BT[labelled_BT],
-            reduction="none",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
-        rows_N = labelled_BT.nonzero()[:, 0]
+        rows_N, places_N = labelled_BT.nonzero(as_tuple=True)
+        hidden_ND, labels_N = hidden_BTD[rows_N, places_N], labels_BT[rows_N, places_N]
+        self._differs(hidden_ND, 0)
+        self._differs(labels_N, 0)
+        losses_N = self._losses(hidden_ND, labels_N)
         self.row_losses_B = losses_N.new_zeros(len(labels_BT)).index_add_(0, rows_N, losses_N.detach())
         return losses_N.sum()
+
+    def _differs(self, tensor: Tensor, *dimensions: int) -> None:
+        """From batch to batch: compile for any such size at once, and not anew for the second."""
+        if self._compiled:
+            torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+
+    def _cross_entropies(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Cross-entropies (N, float32) of what follows these tokens."""
+        logits_NV = self.lm.cls(hidden_ND)
+        smoothing = self.label_smoothing if self.training else 0.0
+        return functional.cross_entropy(logits_NV.float(), labels_N, reduction="none", label_smoothing=smoothing)
 
     @torch.inference_mode()
     def generate(self, patches_BPD: Tensor, prefix: list[int], end_id: int, pad_id: int, how: EvaluateConfig) -> Tensor:

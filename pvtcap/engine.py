@@ -26,6 +26,7 @@ from pvtcap.stream import Batch
 # Elements of the buffer through which ZeRO reduces gradients. DeepSpeed's 500 million would hold all of our models' at
 # once: 2 GB of float32, on CPUs new pages in each step (0.8 s of 4.6, benchmarks/LOG.md).
 _BUCKET = 50_000_000
+_UNSEEN_BYTES = 32 << 20  # of gradients that wait to be looked at: a GPU looks at many in the time of one
 
 
 def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) 
             **({"offload_optimizer": pinned} if zero.offload != "none" else {}),
             **({"offload_param": pinned} if zero.offload == "optimizer+parameters" else {}),
         },
-        "bf16": {"enabled": bf16},
+        # Not finite, a gradient ends the run before the step (gradients_are_finite): DeepSpeed need not look again.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "fp16": {"enabled": fp16},
         # Sums of many small gradients: in 16 bits the later ones would be rounded away. ZeRO-0 offers nothing else.
         "data_types": {"grad_accum_dtype": config.precision if zero.stage == 0 else "fp32"},
@@ -59,6 +61,9 @@ def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) 
     if zero.deepspeed_json is not None:
         tree = _merged(tree, _read_json(zero.deepspeed_json), zero.deepspeed_json)
     tree["zero_optimization"].setdefault("reduce_bucket_size", _BUCKET)
+    if zero.stage in (1, 2):
+        # DeepSpeed would cut up each gradient for those who need a part of it, and yet send all of it to all.
+        tree["zero_optimization"].setdefault("reduce_scatter", False)
     return tree
 
 
@@ -149,10 +154,14 @@ class Engine:
         self.groups = [{name: self._trainable[name].shape for name in names} for names in _named_groups(model).values()]
         self._num_trainable = sum(parameter.numel() for parameter in self._trainable.values())
         self._gradient_sum = torch.zeros((), device=world.device)
-        self._watch_gradients()
+        self._unseen, self._unseen_bytes = list[Tensor](), 0
+        if config.precision != "fp16":
+            self._watch_gradients()
         model.decoder.prepare_training(
             checkpointing=config.train.activation_checkpointing, compiled=config.train.compile
         )
+        if config.train.compile:
+            model.encoder.compile()
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=adamw,
@@ -176,19 +185,32 @@ class Engine:
 
         In fp16 some are not from time to time: DeepSpeed leaves out that step and lowers the loss's scale.
         """
-        finite = bool(torch.isfinite(self._gradient_sum)) or self.config.precision == "fp16"
+        finite = bool(torch.isfinite(self._gradient_sum))
         self._gradient_sum = torch.zeros((), device=self.world.device)
         return finite
 
     def _watch_gradients(self) -> None:
-        """ZeRO takes gradients away as soon as they are there: each is looked at before it does."""
+        """ZeRO takes gradients away as soon as they are there: each is kept until some can be looked at together."""
 
-        def look(gradient: Tensor) -> None:
-            # One pass and no copy; a value that is not finite stays so in any sum of absolute values.
-            self._gradient_sum += torch.linalg.vector_norm(gradient, 1, dtype=torch.float32)
+        def keep(gradient: Tensor) -> None:
+            if not self._unseen:
+                # The last ones at the end of the backward pass: behind it DeepSpeed may set them to 0 where they are.
+                torch.autograd.Variable._execution_engine.queue_callback(self._look)
+            # Another tensor of the same memory: the gradient itself becomes the parameter's without being copied.
+            self._unseen.append(gradient.detach())
+            self._unseen_bytes += gradient.nbytes
+            if self._unseen_bytes > _UNSEEN_BYTES:
+                self._look()
 
         for parameter in self._trainable.values():
-            parameter.register_hook(look)  # type: ignore[no-untyped-call]
+            parameter.register_hook(keep)  # type: ignore[no-untyped-call]
+
+    def _look(self) -> None:
+        """A value that is not finite stays so in any sum of absolute values."""
+        if self._unseen:
+            self._gradient_sum += nn.utils.get_total_norm(self._unseen, norm_type=1.0)
+            self._unseen.clear()
+            self._unseen_bytes = 0
 
     def accumulate(self) -> None:
         """Tell DeepSpeed that a micro-batch which is not the step's last has been back-propagated."""
