@@ -11,7 +11,8 @@ a second or two, for any size of model, with no weights, GPU or data. Example::
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,12 @@ from pvtcap.decoder import packed_mask
 class StepBytes:
     """Bytes that a forward and backward pass needs beyond parameters and their gradients.
 
-    ``saved``: alive at the end of the forward pass, for the backward pass. ``peak``: the most alive at any time.
+    ``saved``: alive on a CPU at the end of the forward pass, for the backward pass. ``gpu_peak``: the most alive at any
+    time on a GPU, where attention keeps no weights (Dao et al., "FlashAttention", 2022).
     """
 
     saved: int
-    peak: int
+    gpu_peak: int
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -68,6 +70,33 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
+class _FlashAttention(torch.autograd.Function):
+    """What a GPU's attention keeps: its inputs and outputs, and a float32 for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended, sums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, attended, sums)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple(torch.empty_like(one) for one in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _attention_of_a_gpu() -> Iterator[None]:
+    """On ``meta``, torch would take the attention of a CPU, with all weights, and several times with dropout."""
+    usual = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FlashAttention.apply(
+        query, key, value
+    )
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = usual
+
+
 def meta_captioner(config: Config, vocab_size: int) -> Captioner:
     """The model without values, in the dtype that it trains in, and in training mode."""
     with torch.device("meta"):
@@ -93,15 +122,17 @@ def step_bytes(
         rows = torch.zeros((photos, tokens), dtype=torch.int64)
     learning: list[Any] = list(model.trainable().values())  # torch does not type the method
     hooks = [one.register_post_accumulate_grad_hook(lambda made: setattr(made, "grad", None)) for one in learning]
+    known = [*model.parameters(), *model.buffers(), shown, rows]
     try:
-        with LiveBytes([*model.parameters(), *model.buffers(), shown, rows]) as live:
+        with LiveBytes(known) as on_cpu:
             loss = _loss(model, shown, rows, labels)
-            saved = live.now
-            loss.backward()  # type: ignore[no-untyped-call]
+        with LiveBytes(known) as on_gpu, _attention_of_a_gpu():
+            _loss(model, shown, rows, labels).backward()  # type: ignore[no-untyped-call]
     finally:
         for hook in hooks:
             hook.remove()
-    return StepBytes(saved, live.peak)
+    assert loss.requires_grad, "else nothing would have been kept for a backward pass"
+    return StepBytes(on_cpu.now, on_gpu.peak)
 
 
 def _loss(model: Captioner, shown: Tensor, rows_BT: Tensor, labels: int) -> Tensor:

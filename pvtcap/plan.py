@@ -150,7 +150,8 @@ def _assumed_compute(config: Config, captions: float, pieces: float, features: b
     flops = StepFlops.of(config, _vocab_size(config), prompt, features)
     peak = peak_flops(config, scaling.DEVICE)
     assert peak is not None, "known of this device"
-    return scaling.Compute.assumed(flops.total(1, captions, labels), peak)
+    photo_flops = flops.total(1, captions, labels)
+    return scaling.Compute.assumed(photo_flops, peak, features=features, compiled=config.train.compile)
 
 
 def _measured_compute(run: Path) -> scaling.Compute | None:
@@ -228,7 +229,7 @@ def _memory_table(found: Plan, config: Config) -> Table:
         table.add_row(term, *(f"{getattr(one, term) / _GIB:.2f}" for one in found.memory))
     table.add_section()
     table.add_row("highest, on a CPU", *(f"{one.peak / _GIB:.2f}" for one in found.memory))
-    table.add_row("on a GPU (derived)", *(f"{one.gpu / _GIB:.2f}" for one in found.memory))
+    table.add_row("highest, on a GPU", *(f"{one.gpu / _GIB:.2f}" for one in found.memory))
     return table
 
 
