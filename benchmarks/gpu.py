@@ -12,7 +12,8 @@ A full-size model (pvt_v2_b1 and the 137.9M decoder; new weights, which cost wha
 
 from photos, and from the encoder's output as feature shards give it. MFU is ``pvtcap.flops`` over the device's peak
 (data sheet); "product", the same over what a bf16 matrix product reached in this run. A step is the median of several,
-the GPU synchronised before and after; GiB, its highest allocated memory; "waits", the share of waiting for data. The
+the GPU synchronised before and after; GiB, its highest allocated memory, and what ``pvtcap plan`` says of it; "waits",
+the share of waiting for data. The
 photos are noise of 448 px, about 100 kB a JPEG, and are read from the page cache.
 
 Parts run in processes of their own, the most telling first. Whatever fails, does not fit in memory or has no time left
@@ -47,6 +48,7 @@ class Size:
 
     px: int = 384
     batches: tuple[int, ...] = (32, 64, 128, 256, 512)  # photos
+    row_each_batches: tuple[int, ...] = (32, 64, 128)  # larger ones are slower (an H200: 64, 178 ms; 256, 1,579 ms)
     one_batch: int = 128  # where sizes are not compared
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
     data_photos: int = 1024
@@ -60,9 +62,13 @@ class Size:
     model: dict[str, Any] = field(default_factory=dict)
 
 
-QUICK = replace(Size(), batches=(64, 256), workers=(1, 4, 16), data_photos=512, one_batch=256, steps=6, seconds=2.0)
+QUICK = replace(
+    Size(), batches=(64, 256, 512), row_each_batches=(64,), workers=(4, 16), data_photos=512, one_batch=256, steps=6,
+    seconds=2.0,
+)  # fmt: skip
 TOY = Size(
-    px=64, batches=(4, 8), one_batch=4, workers=(1, 2), data_photos=32, warm_up=1, steps=2, seconds=0.1, product=256,
+    px=64, batches=(4, 8), row_each_batches=(4, 8), one_batch=4, workers=(1, 2), data_photos=32, warm_up=1, steps=2,
+    seconds=0.1, product=256,
     pieces=300, peak=1.0, needs_gpu=False,
     model={
         "encoder": "pvt_v2_b0", "encoder_stages": 2, "projection": "linear", "decoder_layers": 1, "decoder_width": 32,
@@ -88,10 +94,13 @@ def parts(size: Size, rows: list[Row]) -> Iterator[Part]:
     making = min(8, cpus)
     prepared = [Contestant("device"), Contestant("shards"), Contestant("features", workers=making)]
     yield Part("data", "data", 150, prepared)
-    for loop, stage in (("a row each", None), ("packed", None), ("engine", 2)):
-        yield Part(loop, "steps", 75, [Contestant(loop, of, n, stage) for of in inputs for n in size.batches])
-    counts = [count for count in size.workers if count <= cpus or count == min(size.workers)]
-    yield Part("loader", "loader", 75, [Contestant("loader", of, one, workers=n) for of in inputs for n in counts])
+    each = (
+        ("a row each", None, size.row_each_batches),
+        ("packed", None, size.batches),
+        ("engine", 2, size.batches),
+    )
+    for loop, stage, batches in each:
+        yield Part(loop, "steps", 75, [Contestant(loop, of, n, stage) for of in inputs for n in batches])
 
     def whole(of: str, compiled: bool) -> Part:
         fastest = best(rows, loop="engine", input=of)
@@ -109,11 +118,18 @@ def parts(size: Size, rows: list[Row]) -> Iterator[Part]:
         fastest = best(rows, loop=loop, input=of)
         return Contestant(loop, of, fastest.contestant.photos if fastest else one, stage, compiled=True)
 
+    def of_stage(stage: int) -> Part:
+        return Part(f"ZeRO-{stage}", "steps", 60, [Contestant("engine", of, one, stage) for of in inputs])
+
+    yield of_stage(1)
+    # Features first: photos need the encoder compiled as well.
+    yield Part("engine, compiled", "steps", 150, [fastest_compiled("engine", of, 2) for of in reversed(inputs)])
+    counts = [count for count in size.workers if count <= cpus or count == min(size.workers)]
+    yield Part("loader", "loader", 75, [Contestant("loader", of, one, workers=n) for of in inputs for n in counts])
     for of in inputs:
         yield whole(of, compiled=False)
-    yield Part("engine, compiled", "steps", 120, [fastest_compiled("engine", of, 2) for of in inputs])
-    for stage in (0, 3, 1):
-        yield Part(f"ZeRO-{stage}", "steps", 60, [Contestant("engine", of, one, stage) for of in inputs])
+    yield of_stage(0)
+    yield of_stage(3)
     yield whole("features", compiled=True)
     yield Part("a row each, compiled", "steps", 120, [fastest_compiled("a row each", of, None) for of in inputs])
 

@@ -26,16 +26,17 @@ from memory import write_parts
 from torch import Tensor
 from train_step import CAPTIONS, RowEach, build, steps_of, unpacked
 
-from pvtcap import features
+from pvtcap import dryrun, features
 from pvtcap.config import Config, batch_plan
 from pvtcap.configfile import parse
 from pvtcap.dist import World
-from pvtcap.engine import parameter_groups
+from pvtcap.engine import deepspeed_dict, parameter_groups
 from pvtcap.flops import StepFlops, peak_flops
 from pvtcap.job import Job, make_tokenizer, prepare
 from pvtcap.ledger import Ledger
 from pvtcap.loader import Rooms
 from pvtcap.monitor import StepStats
+from pvtcap.rankmemory import Sizes, rank_memory
 from pvtcap.sources import Sources
 from pvtcap.stream import Batch, View, train_batches
 from pvtcap.train import start_engine, train_step
@@ -177,8 +178,25 @@ def steps(part: Part) -> Iterator[Found]:
                 **_rates(contestant["photos"], median, flops),
                 "seconds": seconds,
                 "memory_gib": _peak_gib(world.device),
+                **({} if bare else {"planned_gib": _planned_gib(config, job, max(batches, key=_row_length))}),
             }
             del batches, step
+
+
+def _row_length(batch: Batch) -> int:
+    return batch.tokens.shape[1]
+
+
+def _planned_gib(config: Config, job: Job, batch: Batch) -> float:
+    """What ``pvtcap plan`` would say of this very batch on a GPU."""
+    model = dryrun.meta_captioner(config, job.view.tokenizer.size)
+    shape = tuple(batch.photos.shape[1:]) if batch.photos.is_floating_point() else None
+    step = dryrun.step_bytes(
+        model, len(batch.photos), config.data.image_px, _row_length(batch), batch.num_labels, features=shape
+    )
+    bucket = deepspeed_dict(config, job.plan)["zero_optimization"]["reduce_bucket_size"]
+    planned = rank_memory(Sizes.of(model), step, config.zero.stage, config.precision, 1, bucket)
+    return planned.gpu / 2**30
 
 
 def _rates(photos: int, seconds: float, flops: float) -> Found:

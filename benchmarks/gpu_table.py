@@ -69,7 +69,20 @@ def best(rows: list[Row], *, key: str = "photos_per_s", **wanted: Any) -> Row | 
 
 def show(title: str, rows: list[Row], device: dict[str, Any], console: Console) -> None:
     table = Table(title=title, title_justify="left")
-    columns = ("", "input", "photos", "workers", "ms/step", "captions/s", "photos/s", "MFU", "product", "GiB", "waits")
+    columns = (
+        "",
+        "input",
+        "photos",
+        "workers",
+        "ms/step",
+        "captions/s",
+        "photos/s",
+        "MFU",
+        "product",
+        "GiB",
+        "planned",
+        "waits",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in ("", "input") else "right", no_wrap=True)
     reasons: dict[str, list[str]] = {}
@@ -90,6 +103,7 @@ def show(title: str, rows: list[Row], device: dict[str, Any], console: Console) 
                 cell("model_tflops", ".1%", device.get("peak_tflops")),
                 cell("model_tflops", ".1%", device.get("product_tflops")),
                 cell("memory_gib", ".1f"),
+                cell("planned_gib", ".1f"),
                 cell("wait_share", ".0%"),
             )
             table.add_row(one.name, one.input, str(one.photos or ""), str(one.workers or ""), *numbers)
