@@ -13,8 +13,7 @@ A full-size model (pvt_v2_b1 and the 137.9M decoder; new weights, which cost wha
 from photos, and from the encoder's output as feature shards give it. MFU is ``pvtcap.flops`` over the device's peak
 (data sheet); "product", the same over what a bf16 matrix product reached in this run. A step is the median of several,
 the GPU synchronised before and after; GiB, its highest allocated memory, and what ``pvtcap plan`` says of it; "waits",
-the share of waiting for data. The
-photos are noise of 448 px, about 100 kB a JPEG, and are read from the page cache.
+the share of waiting for data. The photos are noise of 448 px, about 100 kB a JPEG, and are read from the page cache.
 
 Parts run in processes of their own, the most telling first. Whatever fails, does not fit in memory or has no time left
 is a row with its reason. The table is printed and the JSON written after each part. --toy: a tiny model on a CPU, to

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, build_shapes, tiny_tree
+from featuresets import save_encoder
 from PIL import Image
 from test_conceptual_captions import Server, serve
 
@@ -213,15 +214,7 @@ def _edit_configurations(folder: Path) -> None:
     tree["data"] |= {"train": "data/mine", "val": "data/mine"}
     tree["train"] = {"what": "projection+decoder", "steps": 4}
     tree["run"]["dir"] = "runs/mine"
-    tree["model"] |= {"encoder_weights": str(ROOT / "tests" / "nowhere"), "projection": "linear"}
-    import torch
-
-    from pvtcap.encoder import Encoder
-
-    encoder = folder / "encoder.pth"
-    torch.manual_seed(0)
-    torch.save(Encoder("pvt_v2_b0", 2).pvt.state_dict(), encoder)
-    tree["model"]["encoder_weights"] = str(encoder)
+    tree["model"]["encoder_weights"] = str(save_encoder(folder / "encoder.safetensors", 0))
     parse(tree, "mine.yaml")
     for name in ("mine", "flickr30k"):
         (folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(tree))
