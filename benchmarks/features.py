@@ -1,8 +1,8 @@
 """What do features gain? python benchmarks/features.py --photos DIR --captions Flickr8k.token.txt --list FILE
 
-Trains the decoder of configs/flickr8k_tiny.yaml on the output of a frozen pvt_v2_b0 (new weights: they cost what
-trained ones do), on CPUs, once from photos and once from each kind of feature shards, by the real command in processes
-of their own that take turns:
+Trains the decoder of configs/flickr8k_tiny.yaml on the output of a frozen encoder, pvtcap's own pvt_v2_b1 (PVT-Tiny)
+unless --encoder names another (new weights: they cost what trained ones do), on CPUs, once from photos and once from
+each kind of feature shards, by the real command in processes of their own that take turns:
 
     photos    decoded, cropped, resized; the encoder runs each time
     fp16      features from ``pvtcap features``, 2 bytes each
@@ -58,12 +58,12 @@ def build_photos(args: argparse.Namespace, folder: Path) -> Path:
 def configuration(args: argparse.Namespace, folder: Path, image_px: int) -> Path:
     """The tiny configuration with a frozen encoder, at this size."""
     tree: dict[str, Any] = yaml.safe_load((ROOT / "configs/flickr8k_tiny.yaml").read_text())
-    weights = folder / "pvt_v2_b0.safetensors"
+    weights = folder / "encoder.safetensors"
     if not weights.exists():
         torch.manual_seed(0)
-        save_file(timm.create_model("pvt_v2_b0", pretrained=False).state_dict(), weights)
+        save_file(timm.create_model(args.encoder, pretrained=False).state_dict(), weights)
     tree["data"] |= {"image_px": image_px, "val": None, "workers": args.workers, "global_batch": args.batch}
-    tree["model"] |= {"encoder_weights": str(weights), "encoder_stages": args.stages}
+    tree["model"] |= {"encoder": args.encoder, "encoder_weights": str(weights), "encoder_stages": args.stages}
     steps = WARM_UP_STEPS + args.steps
     tree["train"] = {"what": "projection+decoder", "steps": steps, "log_every_steps": 1}
     tree["evaluate"] = {}
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--list", type=Path, required=True, help="Flickr_8k.trainImages.txt")
     parser.add_argument("--num-photos", type=int, default=512)
     parser.add_argument("--image-px", type=int, nargs="+", default=[64, 224, 384])
+    parser.add_argument("--encoder", default="pvt_v2_b1", help="a timm name (default %(default)s)")
     parser.add_argument("--stages", type=int, default=4, help="of the encoder: 4 is the default of pvtcap")
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64)
@@ -146,8 +147,13 @@ def main() -> None:
         photos = build_photos(args, folder)
         found = {image_px: one_size(args, folder, photos, image_px) for image_px in args.image_px}
     options = {name: value for name, value in vars(args).items() if name not in ("photos", "captions", "list")}
-    title = f"{args.num_photos:,} photos, batches of {args.batch}, {args.workers} workers"
-    report("features", title, rows_of(found), {"options": options, "sizes": found})
+    title = f"{args.num_photos:,} photos, {args.encoder}, batches of {args.batch}, {args.workers} workers"
+    report(
+        "features" if args.encoder == "pvt_v2_b1" else f"features_{args.encoder}",
+        title,
+        rows_of(found),
+        {"options": options, "sizes": found},
+    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 from train_step import CAPTIONS, RowEach, build, steps_of, unpacked
 
 from pvtcap import dryrun, features
+from pvtcap.batch import Batch
 from pvtcap.config import Config, batch_plan
 from pvtcap.configfile import parse
 from pvtcap.dist import World
@@ -38,7 +39,7 @@ from pvtcap.loader import Rooms
 from pvtcap.monitor import StepStats
 from pvtcap.rankmemory import Sizes, rank_memory
 from pvtcap.sources import Sources
-from pvtcap.stream import Batch, View, train_batches
+from pvtcap.stream import View, train_batches
 from pvtcap.train import start_engine, train_step
 
 # Words of a caption, as in Flickr30k: 12 and more or fewer, so that rows differ in length and some of each is padding.

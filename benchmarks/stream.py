@@ -11,8 +11,9 @@ The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
 each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what
 a core gives. As other work may share that CPU, photos are counted by CPU second, too (process and workers; start and
 first batches left out): medians of --repeat runs, which take turns. Then the seconds to the first batch, imports left
-out: at the start, and (once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again
-what came before: with decoding, as a plain loop does, or ("reading") without.
+out (those of pvtcap's fork server too, which 'pvtcap train' begins before it imports DeepSpeed): at the start, and
+(once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again what came before:
+with decoding, as a plain loop does, or ("reading") without.
 
 streaming (--streaming VENV) wants an older NumPy, so it has an environment of its own that looks for torch where ours
 is: run.py makes it in environments/streaming.
@@ -58,7 +59,17 @@ def pvtcap(folder: Path, workers: int, first: int) -> Batches:
     data = DataConfig(train=train, global_batch=BATCH, image_px=SIDE_PX, crop_min_area=MIN_AREA, workers=workers)
     view = View(data, CaptionTokenizer(json.loads((folder / "vocab.json").read_text())), max_tokens=40)
     plan, world = batch_plan(data, 1), World.alone("cpu")
-    return train_batches(Sources.open(data), view, plan, world, seed=0, first_step=first)
+    return train_batches(Sources.open(data), view, plan, world, seed=0, first_step=first, lent=True)
+
+
+def begin_workers() -> None:
+    """As 'pvtcap train' does at its start, before seconds of importing DeepSpeed; here it is waited for."""
+    from pvtcap.processes import begin_server, forking_server
+
+    begin_server(["pvtcap.stream"])
+    first = forking_server([]).Process(target=int)
+    first.start()
+    first.join()
 
 
 def photos_in_memory(folder: Path, first: int) -> Iterator[bytes]:
@@ -187,6 +198,8 @@ def measure(way: str, folder: Path, workers: int, first: int, num_batches: int) 
     batches_of, modules = WAYS[way]
     for name in modules:
         importlib.import_module(name)
+    if way == "pvtcap" and workers:
+        begin_workers()
     started = time.perf_counter()
     batches = batches_of(folder, workers, first)
     next(batches)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
+from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import batch_plan
 from pvtcap.configfile import parse
@@ -39,7 +40,7 @@ from pvtcap.dist import World
 from pvtcap.engine import Engine, parameter_groups
 from pvtcap.ledger import Ledger
 from pvtcap.sources import Sources
-from pvtcap.stream import Batch, View, train_batches
+from pvtcap.stream import View, train_batches
 from pvtcap.text import CaptionTokenizer
 from pvtcap.train import train_step
 

@@ -16,10 +16,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from pvtcap.photo import BadPhoto, Encoding, encode_photo
+from pvtcap.photo import BadPhoto
 from pvtcap.photosource import PhotoSource, close_zips, read_photo
 from pvtcap.processes import AGAIN, map_in_order
 from pvtcap.shardset import SkippedItem
+from pvtcap.storedphoto import Encoding, encode_photo, modules_for
 
 _CHUNK = 16  # photos a worker is handed at a time: enough to hide the hand-over, little to hold in memory
 _LONGEST_KEY = 90  # a plain tar header has 100 bytes for KEY.json
@@ -98,7 +99,7 @@ def prepare_in_order(work: Iterator[Work], encoding: Encoding, processes: int) -
     """
     chunks = iter(lambda: list(itertools.islice(work, _CHUNK)), [])
     task = partial(_prepare_chunk, encoding=encoding)
-    with closing(map_in_order(task, chunks, processes, AGAIN)) as results:
+    with closing(map_in_order(task, chunks, processes, AGAIN, modules_for(encoding))) as results:
         for chunk in results:
             yield from chunk
     close_zips()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pvtcap.batch import Batch
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.decoder import Decoder
 from pvtcap.encoder import Encoder
 from pvtcap.projection import Projection
-from pvtcap.stream import Batch
 from pvtcap.text import CaptionTokenizer
 
 

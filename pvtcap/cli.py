@@ -96,11 +96,14 @@ def train(
         error.told = os.environ.get("RANK", "0") != "0"  # all ranks read the same words: one says what is wrong
         raise
     from pvtcap.preemption import Notice, exit_code_to_resume
+    from pvtcap.processes import begin_server
 
     with (
         explaining(loaded.run.dir / "errors"),
         Notice(loaded.train.stop_after_minutes) as notice,  # before what follows, which takes seconds
     ):
+        if loaded.data.workers:
+            begin_server(["pvtcap.stream"])  # decoding processes need torch, too, and nothing of DeepSpeed
         from pvtcap import train as training
         from pvtcap.dist import World
         from pvtcap.evaluate import BackgroundEvaluation

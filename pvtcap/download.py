@@ -13,25 +13,25 @@ import itertools
 import resource
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 
 from pvtcap.candidate import Candidate, Prepared, Result, Work, clean_key, prepare, prepare_each
 from pvtcap.errors import ShardError
 from pvtcap.fetch import NO_NETWORK, Fetcher, FetchOptions
-from pvtcap.photo import BadPhoto, Encoding
+from pvtcap.photo import BadPhoto
 from pvtcap.photosource import PhotoBytes
-from pvtcap.processes import AGAIN, start_worker, worker_died
+from pvtcap.processes import AGAIN, worker_died, worker_pool
 from pvtcap.shardset import SkippedItem
+from pvtcap.storedphoto import Encoding, modules_for
 
 _ROWS_AHEAD = 8192  # a row that times out thrice takes a minute: so many others may pass it by
 _BYTES_AHEAD = 256 << 20  # prepared, waiting for their turn
 _RAW_BYTES = 256 << 20  # fetched, waiting for a process
-_CHUNK = 8  # photos handed to a process at a time
+_CHUNK = 16  # photos handed to a process at a time
 _LONGEST_WAIT_S = 0.05  # of a photo for others to go with it
 _OFFLINE_AFTER = 500  # rows in a row that end for want of a network
 
@@ -85,7 +85,7 @@ class _Pipeline:
         self._fetcher_is_open = False
         self._pool: Executor
         if processes > 1:
-            self._pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
+            self._pool = worker_pool(processes, modules_for(encoding))
         else:
             self._pool = ThreadPoolExecutor(1)  # a thread, so that decoding does not hold up the connections
         self._pending: deque[asyncio.Task[Result]] = deque()

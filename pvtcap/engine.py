@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, OptimConfig
 from pvtcap.deepspeedops import load_cpu_communication
 from pvtcap.dist import World
 from pvtcap.errors import ConfigError
-from pvtcap.stream import Batch
 
 # Elements of the buffer through which ZeRO reduces gradients. DeepSpeed's 500 million would hold all of our models' at
 # once: 2 GB of float32, on CPUs new pages in each step (0.8 s of 4.6, benchmarks/LOG.md).

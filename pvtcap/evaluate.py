@@ -25,6 +25,7 @@ from typing import Any, Self
 import torch
 
 from pvtcap import frozenencoder, heatmaps, scoring
+from pvtcap.batch import Batch
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
@@ -35,7 +36,7 @@ from pvtcap.scoring import SHEET, WORST
 from pvtcap.shardset import ShardSet
 from pvtcap.sources import open_shardset
 from pvtcap.stepfolders import complete, step_of
-from pvtcap.stream import Batch, View, whole_batches
+from pvtcap.stream import View, whole_batches
 
 __all__ = ["SHEET", "WORST", "BackgroundEvaluation", "Captioned", "caption_all", "merge", "run"]
 

@@ -202,16 +202,18 @@ class Fetcher:
         if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
             raise FetchFailed("unknown Content-Encoding", encoding)
         unzip = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding not in ("identity", "") else None
-        body = bytearray()
+        parts: list[bytes] = []
+        room = self.options.max_bytes
         try:
             async for chunk in response.content.iter_any():
                 # Never more than one byte above the limit, whatever a few bytes may unfold to.
-                body += unzip.decompress(chunk, self.options.max_bytes + 1 - len(body)) if unzip else chunk
-                if len(body) > self.options.max_bytes:
+                parts.append(unzip.decompress(chunk, room + 1) if unzip else chunk)
+                room -= len(parts[-1])
+                if room < 0:
                     raise self._too_large()
         except zlib.error as error:
             raise FetchFailed("damaged download", str(error)) from error
-        return bytes(body)
+        return b"".join(parts)
 
     def _too_large(self) -> FetchFailed:
         return FetchFailed("download too large", f"more than {self.options.max_bytes:,} bytes")

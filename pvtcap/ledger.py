@@ -23,10 +23,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pvtcap.batch import BadSample, Batch
 from pvtcap.dist import World
 from pvtcap.errors import TrainError
 from pvtcap.sources import Sources, TrainedOn
-from pvtcap.stream import BadSample, Batch
 
 CONSUMED, SKIPPED = "consumed.jsonl", "skipped.jsonl"
 MODULUS = 2**64

@@ -9,7 +9,6 @@ does not tell is which photo a worker was reading when it was killed or when it 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -20,10 +19,11 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pvtcap.errors import PvtcapError, ShardError
-from pvtcap.processes import sheltered, start_worker
+from pvtcap.processes import forking_server, sheltered, start_worker
 
 T = TypeVar("T")
 
@@ -50,20 +50,24 @@ class Board:
         self._names: torch.Tensor = torch.zeros((max(1, workers), _NAME_BYTES), dtype=torch.uint8)
         for shared in (self._numbers, self._names):
             shared.share_memory_()  # type: ignore[no-untyped-call]
+        self._row: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_row": None}  # each process has its own
 
     def begin(self, where: str, *, fetching: bool = False) -> None:
         """This process now works on the sample that a person would call ``where``; or it waits for the sample's shard
         to be fetched, which has time-outs of its own.
         """
-        worker, name = self._mine(), where.encode("utf-8", "replace")[-_NAME_BYTES:]
-        row = self._names[worker].numpy()
-        row[: len(name)] = np.frombuffer(name, np.uint8)
-        row[len(name) :] = 0
-        self._numbers[worker].numpy()[:] = os.getpid(), self.FETCHING if fetching else time.monotonic_ns()
+        numbers, letters = self._mine()
+        name = where.encode("utf-8", "replace")[-_NAME_BYTES:]
+        letters[: len(name)] = np.frombuffer(name, np.uint8)
+        letters[len(name) :] = 0
+        numbers[:] = os.getpid(), self.FETCHING if fetching else time.monotonic_ns()
 
     def idle(self) -> None:
         """This process works on no sample: it may take its time."""
-        self._numbers[self._mine(), 1] = self.IDLE
+        self._mine()[0][1] = self.IDLE
 
     def processes(self) -> list[int]:
         """All that have begun with a sample."""
@@ -86,23 +90,28 @@ class Board:
             if since > 0
         ]
 
-    def _mine(self) -> int:
-        info = get_worker_info()
-        return 0 if info is None else int(info.id)
+    def _mine(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """This process's row: its numbers, its name's letters."""
+        if self._row is None:
+            info = get_worker_info()
+            worker = 0 if info is None else int(info.id)
+            self._row = self._numbers[worker].numpy(), self._names[worker].numpy()
+        return self._row
 
 
 class Rooms:
     """Memory shared with the worker processes, for the large part of their batches; used again and again.
 
     torch would give each batch fresh memory, whose pages cost a worker more time than decoding small photos (0.47 of
-    0.55 ms a photo at 384 px). The loader asks a worker for at most ``PREFETCH`` batches beyond the one it hands out,
-    so ``PREFETCH`` + 1 rooms taken in turn never meet, if that one is copied before the next is asked for.
+    0.55 ms a photo at 384 px). Workers take turns, and the loader asks each for at most ``PREFETCH`` batches beyond
+    those that it has handed out: so the last ``kept`` batches stay as they are.
     """
 
     PREFETCH = 2
 
-    def __init__(self, workers: int, size_bytes: int) -> None:
-        self._memory: torch.Tensor = torch.empty((workers, self.PREFETCH + 1, size_bytes), dtype=torch.uint8)
+    def __init__(self, workers: int, size_bytes: int, kept: int = 1) -> None:
+        self._each = self.PREFETCH + -(-kept // max(1, workers))
+        self._memory: torch.Tensor = torch.empty((workers, self._each, size_bytes), dtype=torch.uint8)
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._turn = 0  # each worker process counts its own
 
@@ -112,7 +121,7 @@ class Rooms:
         if info is None or not len(self._memory):
             return torch.empty(size_bytes, dtype=torch.uint8)
         self._turn += 1
-        room: torch.Tensor = self._memory[info.id, self._turn % (self.PREFETCH + 1), :size_bytes]
+        room: torch.Tensor = self._memory[info.id, self._turn % self._each, :size_bytes]
         return room
 
 
@@ -147,10 +156,6 @@ def load(
         for number in numbers:
             yield _unwrap(work[number])
         return
-    # fork would copy a process full of threads (DeepSpeed's, CUDA's, gloo's) in an unknown state; a server that has
-    # imported this module and nothing else starts a worker in milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, type(work).__module__])
     with warnings.catch_warnings():
         # More workers than cores: torch thinks that is a mistake; where reading waits for a network it is none.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -159,7 +164,7 @@ def load(
             batch_size=None,
             sampler=numbers,
             num_workers=workers,
-            multiprocessing_context=context,
+            multiprocessing_context=forking_server([__name__, type(work).__module__]),
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,
             prefetch_factor=Rooms.PREFETCH,

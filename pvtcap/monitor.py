@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pvtcap import rankreading, recipes, runlog
+from pvtcap.batch import BadSample
 from pvtcap.config import Config
 from pvtcap.dist import World
 from pvtcap.eventfiles import EventFiles
@@ -31,7 +32,6 @@ from pvtcap.flops import StepFlops, peak_flops
 from pvtcap.rankreading import Losses, RankReading
 from pvtcap.scoring import SHEET, WORST, Scored
 from pvtcap.shardset import write_json
-from pvtcap.stream import BadSample
 
 _PACKAGES = ("pvtcap", "torch", "deepspeed", "timm", "transformers", "tokenizers", "numpy", "pillow")
 

@@ -1,6 +1,8 @@
-"""A photo's bytes: what is wrong with them, and how they become the JPEG that is stored.
+"""A photo's bytes: what is wrong with them, and the pixels that they are.
 
-    bytes ─▶ encode_photo(bytes, Encoding(short_side_px=384)) ─▶ EncodedPhoto
+    with opened(bytes) as image:                    # the head is read, and nothing else
+        image.size
+        rgb_pixels(bytes, image)                    # (H, W, 3) uint8, upright
 
 Whatever is wrong with a photo is a ``BadPhoto`` with a reason of two or three words, so that a build can count it and
 go on.
@@ -14,9 +16,11 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import IO
 
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pvtcap.errors import ShardError
@@ -31,6 +35,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# A JPEG's decoder can halve its sides for little; with at least this many pixels for one of the result, resizing hides
+# it.
+_SPARE = 1.5
 # What Pillow's decoders are known to raise for bytes that are not what they seem.
 _DECODER_ERRORS = (
     OSError,
@@ -44,6 +51,8 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 
+Pixels = NDArray[np.uint8]
+
 
 class BadPhoto(ShardError):
     """A photo that cannot be stored: ``reason`` is what a build counts, ``detail`` the exception's own words."""
@@ -56,59 +65,29 @@ class BadPhoto(ShardError):
         return BadPhoto, (self.reason, self.detail)
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How photos are stored, and which are: ``short_side_px`` scales down, never up; the two limits are on the photo
-    as it comes, and None and 0 are no limits. ``max_aspect_ratio`` is the long side over the short one.
-    """
-
-    short_side_px: int | None = None
-    jpeg_quality: int = 90
-    min_side_px: int = 0
-    max_aspect_ratio: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPhoto:
-    """A baseline-readable RGB JPEG, upright; ``width`` and ``height`` in pixels."""
-
-    jpeg: bytes
-    width: int
-    height: int
-
-
-def encode_photo(raw: bytes, encoding: Encoding) -> EncodedPhoto:
-    """Decode ``raw`` in full and give the JPEG to store, its short side at most ``encoding.short_side_px``.
-
-    A JPEG that is RGB, upright and small enough is returned as it is, byte for byte. Everything else is turned
-    upright (EXIF), laid over white where it is transparent, converted to RGB, scaled down (never up) and encoded;
-    metadata and colour profiles are dropped then. Raises BadPhoto.
-    """
+@contextmanager
+def opened(raw: bytes) -> Iterator[Image.Image]:
+    """The photo by its head, and whatever goes wrong inside as BadPhoto."""
     with pillow_errors(), Image.open(io.BytesIO(raw)) as image:
-        width, height = image.size
-        _check_sides(width, height, encoding)
-        target = _scaled_down(width, height, encoding.short_side_px)
-        if target != (width, height):
-            # The JPEG decoder can halve sizes for next to nothing; from 1.5 times the target on, resampling hides it.
-            image.draft("RGB", (round(1.5 * target[0]), round(1.5 * target[1])))
-        image.load()
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        if image.format == "JPEG" and image.mode == "RGB" and orientation not in _UPRIGHT and target == (width, height):
-            return EncodedPhoto(raw, width, height)
-        rgb = _to_rgb(image)
-        if rgb.size != target:
-            rgb = rgb.resize(target, Image.Resampling.HAMMING)  # sharper than a mean over areas, and as quick
-        if orientation in _UPRIGHT:
-            rgb = rgb.transpose(_UPRIGHT[orientation])
-        encoded = io.BytesIO()
-        rgb.save(encoded, "JPEG", quality=encoding.jpeg_quality)
-        return EncodedPhoto(encoded.getvalue(), *rgb.size)
+        yield image
+
+
+def rgb_pixels(raw: bytes, image: Image.Image, least_px: int | None = None, share: float = 1.0) -> Pixels:
+    """(H, W, 3) uint8 of ``image``, which is ``opened(raw)``: upright, over white where it is transparent, writable.
+
+    A large JPEG comes at a half, a quarter or an eighth of its size where that leaves ``share`` of each side with
+    pixels to spare for ``least_px``. Within ``opened`` whatever is wrong is a BadPhoto.
+    """
+    # Pillow has read the head in any case: what it refuses there (its limit on pixels, too) stays refused.
+    photo = _quickly(raw, image, least_px, share)
+    # The copy is needed: torch wants memory it may write to.
+    return np.array(upright_rgb(image)) if photo is None else photo
 
 
 def decode_photo(raw: bytes) -> tuple[int, int]:
     """Decode every pixel of ``raw``, to see that it can be; gives (width, height). Raises BadPhoto."""
-    with pillow_errors(), Image.open(io.BytesIO(raw)) as image:
-        image.load()
+    with opened(raw) as image:
+        rgb_pixels(raw, image)
         return image.size
 
 
@@ -130,13 +109,44 @@ def photo_size(file: IO[bytes]) -> tuple[int, int]:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Turned upright (EXIF), laid over white where it is transparent, converted to RGB."""
-    rgb, orientation = _to_rgb(image), image.getexif().get(_ORIENTATION, 1)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    rgb, turn = _to_rgb(image), _turn(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def lies_sideways(image: Image.Image) -> bool:
+    """Whether an upright photo has the width for its height that ``image`` has the other way round; reads no pixels."""
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def is_upright(image: Image.Image) -> bool:
     """Whether ``upright_rgb`` would leave the photo as it lies; reads no pixels."""
-    return image.getexif().get(_ORIENTATION, 1) not in _UPRIGHT
+    return _turn(image) is None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+
+
+def _quickly(raw: bytes, image: Image.Image, least_px: int | None, share: float) -> Pixels | None:
+    """A faultless JPEG by libjpeg-turbo alone; None for everything else, which is Pillow's to judge. An MPO, a
+    telephone's, is several JPEGs of which the first counts.
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    divisor = 1
+    if least_px is not None:
+        smallest = min(image.size) * share
+        divisor = next((by for by in (8, 4, 2) if smallest >= _SPARE * least_px * by), 1)
+    width, height = (-(-side // divisor) for side in image.size)
+    try:
+        # These minima and no others choose 1 / divisor. Strict: a warning is an error, as of a photo cut short.
+        photo: Pixels = simplejpeg.decode_jpeg(
+            raw, "RGB", min_height=height, min_width=width, min_factor=divisor, strict=True
+        )
+    except ValueError:
+        return None
+    turn = _turn(image)
+    return photo if turn is None else np.array(Image.fromarray(photo).transpose(turn))
 
 
 def _webp_size(start: bytes) -> tuple[int, int]:
@@ -149,21 +159,6 @@ def _webp_size(start: bytes) -> tuple[int, int]:
     if len(start) == 30 and kind == b"VP8X":
         return int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
     raise BadPhoto("damaged photo", "a WebP without its size")
-
-
-def _check_sides(width: int, height: int, encoding: Encoding) -> None:
-    short, long = sorted((width, height))
-    if short < encoding.min_side_px:
-        raise BadPhoto("photo too small", f"{width} x {height}")
-    if encoding.max_aspect_ratio is not None and long > encoding.max_aspect_ratio * short:
-        raise BadPhoto("photo too long", f"{width} x {height}")
-
-
-def _scaled_down(width: int, height: int, short_side_px: int | None) -> tuple[int, int]:
-    short = min(width, height)
-    if short_side_px is None or short <= short_side_px:
-        return width, height
-    return max(1, round(width * short_side_px / short)), max(1, round(height * short_side_px / short))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

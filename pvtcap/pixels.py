@@ -11,26 +11,17 @@ the draw, not on the number of threads or the instructions that a processor has.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from pvtcap.errors import ShardError
-from pvtcap.photo import BadPhoto, is_upright, pillow_errors, upright_rgb
+from pvtcap.photo import BadPhoto, Pixels, opened, rgb_pixels
 
 BLANK_LEVEL = 127  # grey: near the mean of photos, so a blanked photo is a quiet input and not an odd one
-# A JPEG's decoder can halve its sides for little; with at least this many pixels for one of the result, resizing hides
-# it. ``encode_photo`` draws the line there, too.
-_SPARE = 1.5
-
-Pixels = NDArray[np.uint8]
 
 
 class UndecodablePhoto(ShardError):
@@ -84,6 +75,13 @@ def square(photo: Pixels, side_px: int) -> Tensor:
     return _square(photo, side_px)
 
 
+def resized(photo: Pixels, width: int, height: int) -> Pixels:
+    """uint8 RGB (H, W, 3) → (height, width, 3): antialiased bicubic."""
+    scaled = functional.interpolate(_standing(_without_gaps(photo)), [height, width], mode="bicubic", antialias=True)
+    lying: Pixels = scaled[0].permute(1, 2, 0).numpy()
+    return lying
+
+
 def blank(side_px: int) -> Tensor:
     """A grey (3, side, side) uint8 picture."""
     return torch.full((side_px, side_px, 3), BLANK_LEVEL, dtype=torch.uint8).permute(2, 0, 1)
@@ -104,10 +102,8 @@ def stacked(photos: Sequence[Tensor]) -> Tensor:
 
 def _square(photo: Pixels, side_px: int, out: Tensor | None = None, mirrored: bool = False) -> Tensor:
     """(H, W, 3) → (3, side, side), antialiased bicubic; the aspect is given up, as BLIP does."""
-    # Without gaps between rows, or torch takes a slow way. Mirroring the crop costs less than mirroring the result: it
-    # is the copy that is made anyway.
-    lying = torch.from_numpy(photo).flip(1) if mirrored else torch.from_numpy(np.ascontiguousarray(photo))
-    standing = lying[None].permute(0, 3, 1, 2)
+    # Mirroring the crop costs less than mirroring the result: it is the copy that is made anyway.
+    standing = _standing(torch.from_numpy(photo).flip(1) if mirrored else _without_gaps(photo))
     if out is None:
         return functional.interpolate(standing, [side_px, side_px], mode="bicubic", antialias=True)[0]
     # What interpolate() calls, but for its ``out``: a batch's memory is written once, and used again for the next one.
@@ -115,34 +111,20 @@ def _square(photo: Pixels, side_px: int, out: Tensor | None = None, mirrored: bo
     return out
 
 
+def _without_gaps(photo: Pixels) -> Tensor:
+    """Its rows one behind the other, or torch takes a slow way."""
+    return torch.from_numpy(np.ascontiguousarray(photo))
+
+
+def _standing(lying: Tensor) -> Tensor:
+    """(H, W, 3) → (1, 3, H, W), channels_last; torch tells by the first dimension's stride, too."""
+    return lying[None].permute(0, 3, 1, 2)
+
+
 def _decoded(encoded: bytes, where: object, least_px: int | None = None, share: float = 1.0) -> Pixels:
-    """(H, W, 3), upright. A large JPEG comes at a half, a quarter or an eighth of its size where that leaves ``share``
-    of each side with pixels to spare for ``least_px``.
-    """
+    """(H, W, 3), upright; smaller than it is where ``rgb_pixels`` may make it so."""
     try:
-        with pillow_errors(), Image.open(io.BytesIO(encoded)) as image:
-            # Pillow reads the head in any case: what it refuses there (its limit on pixels, too) stays refused.
-            photo = _quickly(encoded, image, least_px, share)
-            # The copy is needed: torch wants memory it may write to.
-            return np.array(upright_rgb(image)) if photo is None else photo
+        with opened(encoded) as image:
+            return rgb_pixels(encoded, image, least_px, share)
     except BadPhoto as error:
         raise UndecodablePhoto(error.reason, error.detail, where) from None
-
-
-def _quickly(encoded: bytes, image: Image.Image, least_px: int | None, share: float) -> Pixels | None:
-    """A plain, faultless JPEG by libjpeg-turbo alone; None for everything else, which is Pillow's to judge."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not is_upright(image):
-        return None
-    divisor = 1
-    if least_px is not None:
-        smallest = min(image.size) * share
-        divisor = next((by for by in (8, 4, 2) if smallest >= _SPARE * least_px * by), 1)
-    width, height = (-(-side // divisor) for side in image.size)
-    try:
-        # These minima and no others choose 1 / divisor. Strict: a warning is an error, as of a photo cut short.
-        photo: Pixels = simplejpeg.decode_jpeg(
-            encoded, "RGB", min_height=height, min_width=width, min_factor=divisor, strict=True
-        )
-    except ValueError:
-        return None
-    return photo

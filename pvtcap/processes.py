@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context, parent_process, resource_tracker
+from multiprocessing import active_children, forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import NoReturn, TypeVar
 
 from pvtcap.errors import ShardError
@@ -29,18 +30,21 @@ def usable_cpus() -> int:
 
 
 def map_in_order(
-    task: Callable[[T], R], items: Iterable[T], processes: int, do: str = "Run it again with fewer --processes."
+    task: Callable[[T], R],
+    items: Iterable[T],
+    processes: int,
+    do: str = "Run it again with fewer --processes.",
+    modules: Sequence[str] = (),
 ) -> Generator[R, None, None]:
     """``task`` of each item, in the items' order; with 0 or 1 processes this process does it.
 
     At most two items a process wait or are done ahead of the one given. ``task``, items and results are pickled.
-    Raises ShardError when a worker dies; ``do`` is what its line advises.
+    Raises ShardError when a worker dies; ``do`` is what its line advises. ``modules``: see ``worker_pool``.
     """
     if processes <= 1:
         yield from map(task, items)
         return
-    # Spawned, not forked: whoever calls may hold threads (torch, rich) that do not survive a fork.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=start_worker)
+    pool = worker_pool(processes, modules)
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -53,6 +57,29 @@ def map_in_order(
         raise worker_died(do) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_pool(processes: int, modules: Sequence[str] = ()) -> ProcessPoolExecutor:
+    """Processes that begin with ``start_worker``; these ``modules`` are imported once for all of them."""
+    return ProcessPoolExecutor(processes, forking_server(modules), initializer=start_worker)
+
+
+def forking_server(modules: Sequence[str]) -> ForkServerContext:
+    """Where to start processes: at a server, begun by who asks it first, that has imported ``modules`` by then.
+
+    Forking this process would copy what does not survive it: threads (torch's, DeepSpeed's, rich's) and CUDA. A process
+    that starts from nothing would import torch by itself, for a second and 200 MB.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
+
+
+def begin_server(modules: Sequence[str]) -> None:
+    """Let the server that processes will be started at import ``modules`` from now on, beside what this one does."""
+    with sheltered():
+        forking_server(modules)
+        forkserver.ensure_running()
 
 
 def worker_died(do: str) -> ShardError:

@@ -31,11 +31,12 @@ from typing import Any
 from pvtcap.buildreport import BuildReport, photos_progress, print_report
 from pvtcap.candidate import Candidate, Result, Work, clean_key, prepare_in_order
 from pvtcap.errors import ConfigError, PvtcapError, ShardError
-from pvtcap.photo import BadPhoto, Encoding
+from pvtcap.photo import BadPhoto
 from pvtcap.photosource import PHOTO_SUFFIXES, PhotoBytes, PhotoFile, PhotoInZip, PhotoPlace, PhotoPlaces, PhotoSource
-from pvtcap.processes import usable_cpus
+from pvtcap.processes import begin_server, usable_cpus
 from pvtcap.shardfolder import BUILDING, ShardFolder
 from pvtcap.shardset import SkippedItem, sha256_file
+from pvtcap.storedphoto import Encoding, modules_for
 
 __all__ = [
     "PHOTO_SUFFIXES",
@@ -251,6 +252,8 @@ def run_builder(
     args = parser.parse_args(argv)
     try:
         options = options_from(args)
+        if options.processes > 1:
+            begin_server(modules_for(options.encoding))
         builder = {"builder": name, **_arguments(args, may_change)}
         how = prepare(args)
         items = candidates(args)

@@ -16,18 +16,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pvtcap import featureformat, pixels
+from pvtcap.batch import BadSample, Batch
 from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.errors import ShardError
 from pvtcap.loader import Rooms, Work, load
-from pvtcap.order import Place, generator
+from pvtcap.order import generator
 from pvtcap.readahead import ReadAhead
 from pvtcap.shardformat import FeatureFormat
 from pvtcap.shardset import Sample, ShardReader, ShardSet
@@ -36,56 +36,6 @@ from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
 
 _MOST_OPEN = 400  # shards of a ShardSet in one process; the usual limit is 1,024 files, and some shards are two
 _MOST_AHEAD = 64
-_TENSORS = ("photos", "tokens", "labels", "positions", "segments")
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample whose photo cannot be decoded: where it stands, which it is, why."""
-
-    place: Place
-    where: str
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of B photos with their captions packed to T tokens a row.
-
-    ``photos`` (B, 3, H, W) uint8, RGB, or their features (B, E, h, w) float16; ``tokens``, ``labels``, ``positions``,
-    ``segments`` (B, T) int64, see ``text``; ``samples`` as stored but without the photos' bytes; ``num_captions`` those
-    packed here. In training ``places`` are the samples'; the row of a ``bad`` sample is a grey picture without labels,
-    from which nothing is learned.
-    """
-
-    photos: Tensor
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    segments: Tensor
-    samples: tuple[Sample, ...]
-    num_captions: int
-    places: tuple[Place, ...] = ()
-    bad: tuple[BadSample, ...] = ()
-    missing: tuple[tuple[str, str], ...] = ()
-    """(key, reason) of photos that could not be read, where those are allowed for; they are not in the tensors."""
-
-    @property
-    def num_labels(self) -> int:
-        """Tokens that are predicted: what a sum of losses is divided by."""
-        return int((self.labels != IGNORE).sum())
-
-    def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
-
-    def pin_memory(self) -> Self:
-        """Called by torch's DataLoader where the device is a GPU."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
-
-    def without_labels(self) -> Self:
-        """The same shapes and no loss: keeps a rank in step when it has no batch left."""
-        return replace(self, labels=torch.full_like(self.labels, IGNORE), samples=(), num_captions=0)
 
 
 @dataclass(frozen=True)
@@ -128,11 +78,23 @@ class View:
 
 
 def train_batches(
-    sources: Sources, view: View, plan: BatchPlan, world: World, *, seed: int, first_step: int
+    sources: Sources,
+    view: View,
+    plan: BatchPlan,
+    world: World,
+    *,
+    seed: int,
+    first_step: int,
+    lent: bool = False,
 ) -> Iterator[Batch]:
-    """Endless micro-batches of this rank, ``plan.accumulation`` a step, beginning with step ``first_step`` (from 0)."""
+    """Endless micro-batches of this rank, ``plan.accumulation`` a step, beginning with step ``first_step`` (from 0).
+
+    With ``lent`` their photos stay where a worker process has put them, and as they are until the next step's first
+    batch is asked for; a copy of each would cost a third of what decoding small photos does.
+    """
     work = _TrainBatches(sources, view, plan, world.rank, seed)
-    batches = _load(work, itertools.count(first_step * plan.accumulation), view, world)
+    numbers = itertools.count(first_step * plan.accumulation)
+    batches = _load(work, numbers, view, world, lent=plan.accumulation if lent else 0)
     with ExitStack() as stack:
         ahead = [
             stack.enter_context(part) for part in _read_ahead(sources, view.data, work.slots, world, seed, first_step)
@@ -287,9 +249,10 @@ class _WholeBatches(_Batches):
             pixels.whole(sample.photo, where, side_px, out=photo)
 
 
-def _load(work: _Batches, numbers: Iterable[int], view: View, world: World) -> Iterator[Batch]:
+def _load(work: _Batches, numbers: Iterable[int], view: View, world: World, lent: int = 0) -> Iterator[Batch]:
+    """The photos of the last ``lent`` batches may lie in the workers' rooms; with none, each batch has its own."""
     workers, on_gpu = view.data.workers, world.device.type == "cuda"
-    work.rooms = Rooms(workers, work.room_bytes)
+    work.rooms = Rooms(workers, work.room_bytes, max(1, lent))
     batches = load(
         work,
         numbers,
@@ -300,4 +263,4 @@ def _load(work: _Batches, numbers: Iterable[int], view: View, world: World) -> I
     )
     for batch in batches:
         # Out of the worker's room before another batch is asked for; pinning has copied it already.
-        yield batch if on_gpu or not workers else replace(batch, photos=batch.photos.clone())
+        yield batch if on_gpu or lent or not workers else replace(batch, photos=batch.photos.clone())

@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from pvtcap import elastic
 from pvtcap.afterstep import AfterStep, Evaluation
+from pvtcap.batch import BadSample, Batch
 from pvtcap.checkpoint import ENGINE, Checkpoint
 from pvtcap.config import BatchPlan, Config
 from pvtcap.dist import World
@@ -38,7 +39,7 @@ from pvtcap.shardset import write_json
 from pvtcap.sources import Sources
 from pvtcap.spikes import SpikeWatch
 from pvtcap.stallwatch import StallWatch
-from pvtcap.stream import BadSample, Batch, train_batches
+from pvtcap.stream import train_batches
 from pvtcap.text import IGNORE
 from pvtcap.weightreport import weights_table
 from pvtcap.zerostate import refuse_code
@@ -92,7 +93,9 @@ def _steps(
 ) -> Iterator[tuple[int, bool]]:
     """Do the steps that are left; after each, its number and whether all are to leave, their checkpoint complete."""
     config = engine.config
-    batches = train_batches(job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step)
+    batches = train_batches(
+        job.train, job.view, job.plan, world, seed=config.run.seed, first_step=job.start_step, lent=True
+    )
     spikes = SpikeWatch(config.train.spike_sigmas)
     votes, by_source = _votes(world, notice, after.save_is_late), job.train if len(job.train.shardsets) > 1 else None
     for step in profiled(range(job.start_step + 1, job.total_steps + 1), config, world):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
+from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, EvaluateConfig, ModelConfig
 from pvtcap.configfile import parse
@@ -15,7 +16,6 @@ from pvtcap.decoder import Decoder, packed_mask
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError
 from pvtcap.projection import Projection
-from pvtcap.stream import Batch
 from pvtcap.text import CaptionTokenizer, pad_rows
 
 WORDS = ["a", "red", "blue", "green", "large", "small", "circle", "square", "star", "on", "the", "left", "right", "top"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import TRAINABLE
 from pvtcap.configfile import parse
 from pvtcap.flops import StepFlops, encoder_flops, peak_flops
-from pvtcap.stream import Batch
 
 
 @pytest.mark.parametrize("what", [what for what in TRAINABLE if "encoder" not in what])

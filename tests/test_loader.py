@@ -95,15 +95,28 @@ class Mask(Work[list[int]]):
         return sorted(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
-def test_what_slurm_sends_to_all_processes_does_not_end_a_worker() -> None:
+@pytest.mark.parametrize("begun", ["", "from pvtcap.processes import begin_server; begin_server(['pvtcap.stream'])\n"])
+def test_what_slurm_sends_to_all_processes_does_not_end_a_worker(begun: str) -> None:
     """In a process of its own, since another test may have started what starts workers."""
     program = (
-        "from test_loader import Mask, load\n"
+        f"{begun}from test_loader import Mask, load\n"
         "print(list(load(Mask(), [0], workers=1, timeout_s=60, rank=0, pin_memory=False)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(told.stdout) == [[signal.SIGUSR1, signal.SIGTERM]]
+
+
+def test_a_server_begun_early_has_imported_what_it_was_told() -> None:
+    program = (
+        "from pvtcap.processes import begin_server, forking_server\n"
+        "begin_server(['pvtcap.stream'])\n"
+        "look = 'import sys; sys.exit(int(\"pvtcap.stream\" not in sys.modules))'\n"
+        "worker = forking_server([]).Process(target=exec, args=(look,))\n"
+        "worker.start(); worker.join(); raise SystemExit(worker.exitcode)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program.replace("stream'", "pixels'")], check=False).returncode == 1
 
 
 ABANDONED = """

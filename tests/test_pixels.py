@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
+from pvtcap import photo as photo_module
 from pvtcap import pixels
 from pvtcap.errors import ShardError
 from pvtcap.photo import BadPhoto, pillow_errors, upright_rgb
@@ -87,21 +88,22 @@ def psnr_db(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @lru_cache
 def odd_photos() -> dict[str, bytes]:
-    photo = picture((90, 61))
+    one = picture((90, 61))
     return {
-        "4:4:4": encoded(photo, subsampling=0),
-        "4:2:2": encoded(photo, subsampling=1),
-        "4:2:0": encoded(photo, subsampling=2),
-        "progressive": encoded(photo, progressive=True),
-        "restarts": encoded(photo, restart_marker_rows=1),
-        "RGB inside": encoded(photo, keep_rgb=True),
-        "grey": encoded(photo.convert("L")),
+        "4:4:4": encoded(one, subsampling=0),
+        "4:2:2": encoded(one, subsampling=1),
+        "4:2:0": encoded(one, subsampling=2),
+        "progressive": encoded(one, progressive=True),
+        "restarts": encoded(one, restart_marker_rows=1),
+        "RGB inside": encoded(one, keep_rgb=True),
+        "grey": encoded(one.convert("L")),
         "one pixel": encoded(picture((1, 1))),
-        "CMYK": encoded(photo.convert("CMYK")),
-        "PNG": encoded(photo, "PNG"),
-        "palette": encoded(photo.convert("P"), "PNG"),
+        "MPO": encoded(one, "MPO", save_all=True, append_images=[picture((45, 30))]),
+        "CMYK": encoded(one.convert("CMYK")),
+        "PNG": encoded(one, "PNG"),
+        "palette": encoded(one.convert("P"), "PNG"),
         "clear": encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"),
-        "WebP": encoded(photo, "WEBP"),
+        "WebP": encoded(one, "WEBP"),
         **{f"orientation {number}": turned(number) for number in range(1, 10)},
         "turned PNG": turned(6, "PNG"),
     }
@@ -133,11 +135,11 @@ def test_most_photos_never_reach_pillows_decoder(monkeypatch: pytest.MonkeyPatch
     def refuse(image: Image.Image) -> Image.Image:
         raise AssertionError("decoded by Pillow")
 
-    monkeypatch.setattr(pixels, "upright_rgb", refuse)
-    for kind in ("4:4:4", "4:2:0", "progressive", "grey", "orientation 1"):
+    monkeypatch.setattr(photo_module, "upright_rgb", refuse)
+    for kind in ("4:4:4", "4:2:0", "progressive", "grey", "orientation 1", "orientation 3", "orientation 6", "MPO"):
         pixels.whole(odd_photos()[kind], "here", 32)
     with pytest.raises(AssertionError, match="decoded by Pillow"):
-        pixels.whole(odd_photos()["orientation 3"], "here", 32)
+        pixels.whole(odd_photos()["CMYK"], "here", 32)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])

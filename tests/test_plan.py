@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from shardserver import ShardServer
 
+from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config
 from pvtcap.configfile import load, parse
@@ -24,7 +25,6 @@ from pvtcap.errors import ConfigError
 from pvtcap.plan import plan, print_plan
 from pvtcap.rankmemory import Sizes, rank_memory
 from pvtcap.scaling import NETWORKS
-from pvtcap.stream import Batch
 
 
 def sizes(config: Config) -> Sizes:

@@ -12,12 +12,12 @@ import torch
 from conftest import RankFunction, build_shapes
 
 from pvtcap import train as training
+from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config
 from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.sources import Sources
-from pvtcap.stream import Batch
 from pvtcap.text import IGNORE
 
 

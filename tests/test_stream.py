@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pvtcap import pixels
+from pvtcap.batch import Batch
 from pvtcap.config import Config, SourceConfig, batch_plan
 from pvtcap.dist import World
 from pvtcap.errors import ShardError
 from pvtcap.shardset import ShardSet
 from pvtcap.sources import Sources
-from pvtcap.stream import Batch, View, train_batches, whole_batches
+from pvtcap.stream import View, train_batches, whole_batches
 from pvtcap.text import IGNORE, CaptionTokenizer
 
 CPU = torch.device("cpu")
@@ -80,6 +82,19 @@ def test_batches_are_the_same_for_any_ranks_accumulation_and_workers(shapes: Pat
     for num_ranks, micro_batch, workers in ((2, None, 0), (3, 4, 0), (4, 1, 0), (8, 3, 0), (2, 6, 1), (1, 8, 4)):
         seen = view(shapes / "train", config, global_batch=24, micro_batch=micro_batch, workers=workers)
         assert steps(seen, num_ranks, 0, 5) == expected
+
+
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 1), (1, 3), (3, 1), (3, 2), (4, 3)])
+def test_lent_photos_stay_as_they_are_for_a_step(shapes: Path, config: Config, accumulation: int, workers: int) -> None:
+    expected = steps(view(shapes / "train", config, global_batch=24), 1, 0, 8)
+    seen = view(shapes / "train", config, global_batch=24, micro_batch=24 // accumulation, workers=workers)
+    plan = batch_plan(seen[1].data, 1)
+    lent = train_batches(*seen, plan, rank(0, 1), seed=3, first_step=0, lent=True)
+    for step in expected:
+        batches = list(itertools.islice(lent, plan.accumulation))
+        assert all(batch.photos.is_shared() for batch in batches)
+        time.sleep(0.1)  # the workers go on as far as they are let
+        assert contents(batches) == step
 
 
 @pytest.fixture(scope="module")
