@@ -14,10 +14,7 @@ machine): start-up is included in both. The median of --repeat runs, which take 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import io
-import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,16 +22,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context
 from pathlib import Path
 
-import psutil
+from descendants import adopt, children, wait_for_all_but
 from PIL import Image
 from results import Row, report
 
 ROOT = Path(__file__).parents[1]
 SHORT_SIDE_PX, QUALITY = 384, 90
-PAIRS = (("folder", "bare", 0.9), ("folder", "img2dataset", None), ("download", "img2dataset", 1.5))
+PAIRS = (("folder", "bare", 0.9), ("folder", "img2dataset", 1.5), ("download", "img2dataset", 1.5))
 
 
 def bare(path: Path) -> int:
@@ -71,28 +68,15 @@ def run(*words: object) -> None:
         sys.exit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def adopt() -> None:
-    """Become the parent of what a tool leaves behind as it ends (a fork server), whose CPU time counts, too."""
-    subreaper = 36  # of prctl(2)
-    if ctypes.CDLL(None, use_errno=True).prctl(subreaper, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
-    resource_tracker.ensure_running()  # this process's own, which stays
-
-
 def measured(task: Callable[[], None]) -> tuple[float, float]:
     """(seconds, CPU seconds of the processes it started and those that they did)."""
-    before = set(psutil.Process().children())
-
-    def cpu_s() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    started, cpu_before = time.perf_counter(), cpu_s()
+    before = children()
+    start = wait_for_all_but(before)
+    started = time.perf_counter()
     task()
     seconds = time.perf_counter() - started
-    for left in set(psutil.Process().children()) - before:
-        os.waitpid(left.pid, 0)
-    return seconds, cpu_s() - cpu_before
+    end = wait_for_all_but(before)
+    return seconds, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
 
 
 def tasks(args: argparse.Namespace, names: list[str], folder: Path, address: str) -> dict[str, Callable[[], None]]:

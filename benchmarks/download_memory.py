@@ -33,14 +33,10 @@ def build(folder: Path, rows: int, address: str) -> dict[str, float]:
     command = [sys.executable, "-m", "pvtcap", "shards", "conceptual-captions", "--tsv", str(folder / "urls.tsv")]
     command += ["--allow-private-addresses", "127.0.0.0/8", "--per-host", "64", "--no-drop-duplicates"]
     command += ["--processes", "2", "--out", str(folder / f"out-{rows}")]
-    # The peak of what a child process has waited for is the largest of them all: a child of its own for each build.
-    probe = (
-        "import json, resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)\n"
-        "print(json.dumps([done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024]))"
-    )
+    # The peak of what a process has waited for is the largest of them all: a process of its own for each build.
+    probe = ROOT / "benchmarks" / "descendants.py"
     started = time.perf_counter()
-    told = subprocess.run([sys.executable, "-c", probe, *command], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([sys.executable, str(probe), *command], capture_output=True, text=True, check=True).stdout
     seconds = time.perf_counter() - started
     code, peak_mib = json.loads(told)
     assert code == 0, f"the build of {rows} rows failed"

@@ -26,6 +26,10 @@ ENVIRONMENTS = HERE / "environments"
 INSTALLED = {
     "accelerate": [["--no-deps", "accelerate"]],
     "img2dataset": [["img2dataset"]],
+    "open_clip": [
+        ["--no-deps", "open_clip_torch"],
+        ["webdataset<=0.2.86", "ftfy", "regex", "pandas", "numpy<3"],
+    ],
     "streaming": [
         ["--no-deps", "mosaicml-streaming"],
         [
@@ -48,7 +52,7 @@ INSTALLED = {
         ],
     ],
 }
-WITH_TORCH = ("accelerate", "streaming")
+WITH_TORCH = ("accelerate", "open_clip", "streaming")
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ BENCHMARKS = (
     ),
     Benchmark(
         "stream",
-        "--quick --flickr8k {flickr8k} --coco {coco}/val2017 --streaming {streaming}",
+        "--quick --flickr8k {flickr8k} --coco {coco}/val2017 --streaming {streaming} --open-clip {open_clip}",
         ("flickr8k", "coco"),
-        ("streaming",),
+        ("streaming", "open_clip"),
     ),
     Benchmark(
         "features",
@@ -89,6 +93,7 @@ BENCHMARKS = (
         ("flickr8k",),
         ("accelerate",),
     ),
+    Benchmark("coca", "--flickr8k {flickr8k} --open-clip {open_clip} --rows 40 --steps 4", ("flickr8k",), ("open_clip",)),
     Benchmark("evaluate", "--repeat 2 --references {coco}/annotations/captions_val2017.json", ("coco",)),
 )
 

@@ -6,6 +6,7 @@ The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
     pillow      Pillow alone over photos in memory: decode, crop, resize
     pvtcap      train_batches over a ShardSet; it packs five captions a photo, too
     webdataset  the same tars as open_clip reads them: PIL images, torchvision's RandomResizedCrop, ToTensor, Normalize
+    open_clip   open_clip's own loader and transforms (open_clip_train.data): the same JPEGs, a caption each
     streaming   mosaicml-streaming over its own MDS files with the same JPEGs and the transforms of webdataset
 
 each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what
@@ -15,8 +16,8 @@ out (those of pvtcap's fork server too, which 'pvtcap train' begins before it im
 (once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again what came before:
 with decoding, as a plain loop does, or ("reading") without.
 
-streaming (--streaming VENV) wants an older NumPy, so it has an environment of its own that looks for torch where ours
-is: run.py makes it in environments/streaming.
+streaming (--streaming VENV) wants an older NumPy and open_clip (--open-clip VENV) an older webdataset, so they have
+environments of their own that look for torch where ours is: run.py makes them in environments/.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +141,18 @@ def webdataset_reading(folder: Path, workers: int, first: int) -> Batches:
     return webdataset(folder, workers, first, skip_undecoded=True)
 
 
+def open_clip(folder: Path, workers: int, first: int) -> Batches:
+    from open_clip import get_tokenizer, image_transform
+    from open_clip_train.data import get_wds_dataset
+
+    tars = [str(path) for path in sorted((folder / "clip").glob("*.tar"))]
+    args = argparse.Namespace(train_data=tars, train_num_samples=10**6, train_data_upsampling_factors=None)
+    vars(args).update(dataset_resampled=False, seed=0, batch_size=BATCH, world_size=1, workers=workers)
+    prepare = image_transform(SIDE_PX, is_train=True, aug_cfg={"scale": (MIN_AREA, 1.0)})
+    data = get_wds_dataset(args, prepare, is_train=True, tokenizer=get_tokenizer("ViT-B-32"))
+    return iter(data.dataloader)
+
+
 def streaming(folder: Path, workers: int, first: int) -> Batches:
     from streaming import StreamingDataset
 
@@ -163,8 +177,10 @@ WAYS: dict[str, tuple[Callable[[Path, int, int], Batches], tuple[str, ...]]] = {
     "pvtcap": (pvtcap, ("pvtcap.stream",)),
     "webdataset": (webdataset, ("webdataset", "torchvision")),
     "webdataset, reading": (webdataset_reading, ("webdataset", "torchvision")),
+    "open_clip": (open_clip, ("open_clip_train.data", "open_clip")),
     "streaming": (streaming, ("streaming", "torchvision")),
 }
+PEERS = ("open_clip", "streaming")  # in environments of their own
 NUMBERS = (  # what is measured, its name, its unit, and whether less is better
     ("photos_per_cpu_s", "batches", "photos a CPU s", False),
     ("photos_per_s", "batches", "photos/s", False),
@@ -174,6 +190,7 @@ NUMBERS = (  # what is measured, its name, its unit, and whether less is better
 )
 GOALS = {
     ("photos_per_cpu_s", "webdataset"): 1.8,
+    ("photos_per_cpu_s", "open_clip"): 1.8,
     ("photos_per_cpu_s", "pillow"): 1.5,
     ("photos_per_cpu_s", "streaming"): 1.5,
     ("photos_per_cpu_s", "pixels"): 0.95,
@@ -249,9 +266,24 @@ def build(name: str, args: argparse.Namespace, folder: Path) -> int:
     (folder / "photos").mkdir()
     for tar in sorted((folder / "shards").glob("*.tar")):
         run("tar", "xf", tar, "-C", folder / "photos", "--wildcards", "*.jpg")
+    if args.open_clip is not None:
+        write_clip(folder)
     if args.streaming is not None:
         run(args.streaming / "bin" / "python", __file__, "--write-mds", folder)
     return shardset.num_samples
+
+
+def write_clip(folder: Path) -> None:
+    """KEY.jpg and KEY.txt, 500 samples a tar: open_clip reads no JSON."""
+    (folder / "clip").mkdir()
+    photos = sorted((folder / "photos").iterdir())
+    for first in range(0, len(photos), 500):
+        with tarfile.open(folder / "clip" / f"{first:06d}.tar", "w") as tar:
+            for path in photos[first : first + 500]:
+                tar.add(path, path.name)
+                caption = tarfile.TarInfo(f"{path.stem}.txt")
+                caption.size = len(SUBJECTS[0])
+                tar.addfile(caption, io.BytesIO(SUBJECTS[0].encode()))
 
 
 def write_mds(folder: Path) -> None:
@@ -270,14 +302,14 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     runs: dict[str, dict[str, list[float]]] = {}
 
     def measured(way: str, workers: int, first: int, num_batches: int, names: dict[str, str]) -> None:
-        python = args.streaming / "bin" / "python" if way == "streaming" else sys.executable
+        python = getattr(args, way) / "bin" / "python" if way in PEERS else sys.executable
         told = json.loads(run(python, __file__, "--measure", way, folder, workers, first, num_batches).splitlines()[-1])
         for key, value in told.items():
             runs.setdefault(way, {}).setdefault(names.get(key, key), []).append(value)
 
     for turn in range(args.repeat):
         for way in WAYS:
-            if way != "webdataset, reading" and not (way == "streaming" and args.streaming is None):
+            if way != "webdataset, reading" and not (way in PEERS and getattr(args, way) is None):
                 measured(way, args.workers, 0, args.num_batches, {})
             if way in RESUMED and turn == 0:  # the slowest, and not close
                 measured(way, args.workers, late, 0, {"first_batch_s": "resume_s"})
@@ -302,7 +334,8 @@ def main() -> None:
     parser.add_argument("--coco-photos", type=int, default=1500, help="in the epoch (default %(default)s)")
     parser.add_argument("--flickr8k", type=Path, help="folder with images/, Flickr8k.token.txt, the list of training")
     parser.add_argument("--streaming", type=Path, metavar="VENV", help="environment with mosaicml-streaming; see above")
-    parser.add_argument("--workers", type=int, default=1, help="of pvtcap, webdataset, streaming (default 1; 0: none)")
+    parser.add_argument("--open-clip", type=Path, metavar="VENV", help="environment with open_clip_torch; see above")
+    parser.add_argument("--workers", type=int, default=1, help="of pvtcap and its peers (default 1; 0: none)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--num-batches", type=int, default=24, help="timed in a run (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one run, of eight batches each")

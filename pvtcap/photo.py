@@ -114,7 +114,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def lies_sideways(image: Image.Image) -> bool:
-    """Whether an upright photo has the width for its height that ``image`` has the other way round; reads no pixels."""
+    """Whether its width and height change places when it is turned upright; reads no pixels."""
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
 

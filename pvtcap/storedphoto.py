@@ -11,6 +11,8 @@ import simplejpeg
 
 from pvtcap.photo import BadPhoto, is_upright, lies_sideways, opened, rgb_pixels
 
+_LONGEST_PX = 65_500  # libjpeg's JPEG_MAX_DIMENSION
+
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
@@ -54,6 +56,8 @@ def encode_photo(raw: bytes, encoding: Encoding) -> EncodedPhoto:
         from pvtcap.pixels import resized
 
         photo = resized(photo, width, height)
+    if max(width, height) > _LONGEST_PX:
+        raise BadPhoto("photo too long", f"{width} x {height}: a JPEG has at most {_LONGEST_PX:,} pixels a side")
     return EncodedPhoto(simplejpeg.encode_jpeg(photo, encoding.jpeg_quality, "RGB", "420"), width, height)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from test_pixels import encoded, odd_photos, picture, psnr_db
 from torch import from_numpy
 
+from pvtcap.photo import BadPhoto
 from pvtcap.storedphoto import EncodedPhoto, Encoding, encode_photo
 
 
@@ -64,6 +65,16 @@ def test_every_kind_of_photo_is_stored_upright_and_scaled() -> None:
         assert min(photo.shape[:2]) <= 30, kind
         if min(photo.shape[:2]) == 30:
             assert (photo.shape[0] > photo.shape[1]) == sideways, kind
+
+
+@pytest.mark.parametrize(("side_px", "stored"), [(65_500, True), (65_501, False)])
+def test_a_photo_longer_than_a_jpeg_can_be_is_a_bad_one(side_px: int, stored: bool) -> None:
+    raw = encoded(Image.new("RGB", (2, side_px)), "PNG")
+    if stored:
+        assert shown(encode_photo(raw, Encoding())).shape == (side_px, 2, 3)
+    else:
+        with pytest.raises(BadPhoto, match=r"^photo too long"):
+            encode_photo(raw, Encoding())
 
 
 def test_who_scales_nothing_waits_for_no_torch() -> None:
