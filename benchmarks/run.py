@@ -93,7 +93,12 @@ BENCHMARKS = (
         ("flickr8k",),
         ("accelerate",),
     ),
-    Benchmark("coca", "--flickr8k {flickr8k} --open-clip {open_clip} --rows 40 --steps 4", ("flickr8k",), ("open_clip",)),
+    Benchmark(
+        "coca",
+        "--flickr8k {flickr8k} --open-clip {open_clip} --rows 40 --steps 4",
+        ("flickr8k",),
+        ("open_clip",),
+    ),
     Benchmark("evaluate", "--repeat 2 --references {coco}/annotations/captions_val2017.json", ("coco",)),
 )
 

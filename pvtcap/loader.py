@@ -212,7 +212,10 @@ def _look_into(error: RuntimeError, board: Board, waited_s: float, timeout_s: fl
     raise ShardError(
         f"a decoding process of rank {rank} died",
         where=gone[0].where if gone else None,
-        do="Out of memory? Lower data.workers. If it is always this sample, leave it out.",
+        do="Out of memory? Lower data.workers. If it is always this sample, leave it out."
+        if board.processes()
+        else "It never began; what it said stands above. In a script of your own: is all that it does under "
+        "'if __name__ == \"__main__\":'? A new process reads the script again.",
     ) from None
 
 

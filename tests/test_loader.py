@@ -119,6 +119,18 @@ def test_a_server_begun_early_has_imported_what_it_was_told() -> None:
     assert subprocess.run([sys.executable, "-c", program.replace("stream'", "pixels'")], check=False).returncode == 1
 
 
+def test_a_script_that_starts_workers_as_it_is_read_is_told_why_not(tmp_path: Path) -> None:
+    program = tmp_path / "unguarded.py"
+    program.write_text(
+        "import test_loader\nfrom pvtcap.loader import load\n"
+        "next(load(test_loader.Doing(''), range(3), workers=1, timeout_s=30, rank=0, pin_memory=False))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, str(program)], env=environment, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is all that it does under 'if __name__ == \"__main__\":'?" in done.stderr.splitlines()[-1]
+
+
 ABANDONED = """
 import test_loader
 from pvtcap.loader import load
