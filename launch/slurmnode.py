@@ -28,7 +28,11 @@ def main(words: list[str]) -> int:
     try:
         node = Node.here()
         if words[:1] == ["shards"]:
-            command = _pvtcap(*_part(words))
+            words = _part(words)
+            if (built := _built_before(words)) is not None:
+                print(f"pvtcap: {built} was built before this job was queued again", flush=True)
+                return 0
+            command = _pvtcap(*words)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGTERM})
             os.execv(command[0], command)
         if words[:1] == ["doctor"]:
@@ -150,6 +154,14 @@ def _part(words: list[str]) -> list[str]:
         raise NodeError("an array of shards needs --out DIR: task I builds in DIR/part-I")
     place = words.index("--out") + 1
     return [*words[:place], f"{words[place]}/part-{task}", *words[place + 1 :], "--part", f"{task}/{tasks}"]
+
+
+def _built_before(words: list[str]) -> str | None:
+    """The folder that a task had finished when it was stopped in its last moment: whoever waits for it may go on."""
+    if not int(os.environ.get("SLURM_RESTART_COUNT", "0")) or "--out" not in words[:-1] or "--overwrite" in words:
+        return None
+    out = Path(words[words.index("--out") + 1])
+    return str(out) if (out / "manifest.json").exists() else None
 
 
 def _cores() -> int:

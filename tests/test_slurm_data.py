@@ -41,9 +41,20 @@ def test_an_array_builds_parts_of_which_one_is_killed_and_joined_they_are_a_sing
     script, parts, joined = str(ROOT / "slurm" / "shards.sbatch"), tmp_path / "parts", tmp_path / "joined"
     with contextlib.closing(serve(photos, tmp_path / "port")) as serving:
         server = next(serving)
-        rows = [(f"photo {number}", f"{server.address}/ok/{number}.jpg") for number in range(40)]
+        # Slowly: the first shard of a part is there a second before its last.
+        rows = [(f"photo {number}", f"{server.address}/slow/{number}.jpg") for number in range(40)]
         table = write_table(tmp_path / "table.tsv", rows)
-        words = ("conceptual-captions", "--tsv", str(table), *LOOPBACK, *QUICK, "--samples-per-shard", "4")
+        words = (
+            "conceptual-captions",
+            "--tsv",
+            str(table),
+            *LOOPBACK,
+            *QUICK,
+            "--per-host",
+            "2",
+            "--samples-per-shard",
+            "4",
+        )
         single = run(*words[1:], out=tmp_path / "single")
         array = cluster.sbatch("--array", "1-3", script, *words, "--out", str(parts), cwd=tmp_path)
         join = cluster.sbatch(

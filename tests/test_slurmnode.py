@@ -151,3 +151,36 @@ def test_an_array_task_builds_its_part_in_a_folder_of_its_own(
     assert slurmnode._part(["shards", "join", "a", "b"]) == ["shards", "join", "a", "b"]
     with pytest.raises(slurmnode.NodeError, match="needs --out DIR"):
         slurmnode._part(["shards", "conceptual-captions"])
+
+
+def test_a_task_stopped_behind_its_last_shard_and_queued_again_has_done_its_work(
+    slurmnode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(program: str, words: list[str]) -> None:
+        raise Started
+
+    monkeypatch.setattr(slurmnode.os, "execv", start)
+    monkeypatch.setattr(slurmnode.Node, "here", lambda: None)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    words = ["shards", "conceptual-captions", "--out", str(tmp_path)]
+
+    def runs(*more: str) -> bool:
+        try:
+            assert slurmnode.main([*words, *more]) == 0
+        except Started:
+            return True
+        return False
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert runs()  # nothing is there yet
+    (tmp_path / "part-2").mkdir()
+    (tmp_path / "part-2" / "manifest.json").write_text("{}")
+    assert not runs()
+    assert capsys.readouterr().out == f"pvtcap: {tmp_path}/part-2 was built before this job was queued again\n"
+    assert runs("--overwrite")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert runs()  # and is told that it is already built
