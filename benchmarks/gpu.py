@@ -37,7 +37,7 @@ from typing import Any
 from gpu_table import Contestant, Row, best, device_of, show, show_summary, summary, write
 from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 MOST_PHOTOS = 256  # a step of the whole loop
 
 
@@ -173,9 +173,10 @@ def run_child(
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(HERE), os.environ.get("PYTHONPATH")))),
     }
-    command = [sys.executable, str(Path(__file__).with_name("gpu_contestants.py")), str(spec), str(out)]
+    # No script: each decoding process would read it again, with all that it imports, for seconds.
+    command = [sys.executable, "-c", "import gpu_contestants; gpu_contestants.main()", str(spec), str(out)]
     problem = ""
     # A file, since a pipe would be kept open by workers that outlive a killed process for a moment.
     with told.open("w") as file:

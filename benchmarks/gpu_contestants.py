@@ -1,6 +1,6 @@
 """What ``gpu.py`` measures: a part of it, in a process of its own. Prints nothing; writes a line a contestant.
 
-    python benchmarks/gpu_contestants.py SPEC.json OUT.jsonl
+    PYTHONPATH=benchmarks python -c 'import gpu_contestants; gpu_contestants.main()' SPEC.json OUT.jsonl
 
 SPEC has the part's kind, a ``Size`` and the contestants, all as plain values. The first line of OUT says that the part
 is ready; each of the others belongs to a contestant, in their order. A failure ends the process, its reason being the
@@ -341,7 +341,3 @@ def main() -> None:
         except Exception as error:
             tell({"problem": f"{type(error).__name__}: {error}"})
             raise
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,7 @@ class Captioner(nn.Module):
             features_BEhw = photos.to(next(self.projection.parameters()).dtype)
         else:
             with torch.set_grad_enabled(self.encoder_trains and torch.is_grad_enabled()):
-                features_BEhw = self.encoder(photos)
+                features_BEhw = torch.cat([self.encoder(some) for some in self.encoder.portions(photos)])
         return self.projection(features_BEhw)  # type: ignore[no-any-return]
 
     @torch.inference_mode()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from pvtcap.errors import ConfigError, did_you_mean
 
+_MOST_FEATURES = 2**30
+
 
 class Encoder(nn.Module):
     """``stages`` 4 gives patches of 32 px, 3 of 16 px, 2 of 8 px. ``width`` is E, read from timm, never assumed."""
@@ -50,6 +52,19 @@ class Encoder(nn.Module):
         normalised = (photos_B3HW.float() - self.mean) / self.std
         features: Tensor = self.pvt.stages(self.pvt.patch_embed(normalised.to(dtype)))
         return features
+
+    @staticmethod
+    def portions(photos_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """The photos in as few parts as ``forward`` should get them in, of one size if it can be.
+
+        The first stage's widest features are 32 numbers a pixel of the photo. From 2^31 of them GPUs have no quick
+        kernels (benchmarks/LOG.md), and half as many fill the device as well.
+        """
+        num_photos, _, height, width = photos_B3HW.shape
+        most = max(1, _MOST_FEATURES // (32 * height * width))
+        fewest = max(1, -(-num_photos // most))
+        even = (parts for parts in range(fewest, 2 * fewest) if num_photos % parts == 0)
+        return photos_B3HW.tensor_split(next(even, fewest))
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes and float32 values: the identity of frozen weights that no checkpoint carries."""

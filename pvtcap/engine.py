@@ -22,6 +22,7 @@ from pvtcap.config import BatchPlan, Config, OptimConfig
 from pvtcap.deepspeedops import load_cpu_communication
 from pvtcap.dist import World
 from pvtcap.errors import ConfigError
+from pvtcap.zerogradients import taken_at_once
 
 # Elements of the buffer through which ZeRO reduces gradients. DeepSpeed's 500 million would hold all of our models' at
 # once: 2 GB of float32, on CPUs new pages in each step (0.8 s of 4.6, benchmarks/LOG.md).
@@ -168,6 +169,7 @@ class Engine:
             config=deepspeed_dict(config, plan, universal=universal),
             dist_init_required=False,
         )
+        taken_at_once(self.optimizer)
 
     def forward_backward(self, batch: Batch, scale: float) -> float:
         """Back-propagate the batch's loss sum times ``scale``; returns the sum itself (nats)."""

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
+from pvtcap import encoder
 from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, EvaluateConfig, ModelConfig
 from pvtcap.configfile import parse
-from pvtcap.decoder import Decoder, packed_mask
+from pvtcap.decoder import Decoder, Head, packed_mask
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError
 from pvtcap.projection import Projection
@@ -160,6 +161,52 @@ def test_label_smoothing_is_for_training_only(tree: dict[str, Any], photos: torc
         plain.decoder.train()
         smoothed.decoder.train()
         assert float(plain(one)) != float(smoothed(one))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_widened_vocabulary_changes_neither_loss_nor_gradients(smoothing: float, tree: dict[str, Any]) -> None:
+    decoder = model_of(tree, model={"dropout": 0.0}, optim={"label_smoothing": smoothing}).double().train().decoder
+    head = decoder.lm.cls.predictions.decoder
+    assert isinstance(head, Head)
+    assert head.out_features % Head.MULTIPLE
+    hidden, labels = torch.randn(7, decoder.lm.config.hidden_size).double(), torch.arange(7)
+    found = []
+    for way in (head.forward, head.widened):
+        head.forward = way
+        decoder.zero_grad()
+        losses = decoder._cross_entropies(hidden, labels)
+        losses.sum().backward()
+        found.append((losses.detach(), head.weight.grad.clone(), head.bias.grad.clone()))
+    for usual, widened in zip(*found, strict=True):
+        torch.testing.assert_close(widened, usual, rtol=1e-6, atol=1e-7)
+    assert head.widened(hidden).shape[1] % Head.MULTIPLE == 0
+
+
+@pytest.mark.parametrize(
+    ("photos", "px", "sizes"),
+    [
+        (0, 32, [0]),
+        (1, 384, [1]),
+        (227, 384, [227]),
+        (256, 384, [128, 128]),
+        (512, 384, [128] * 4),
+        (509, 384, [170, 170, 169]),
+        (2, 10_000, [1, 1]),
+    ],
+)
+def test_photos_reach_the_encoder_in_even_portions(photos: int, px: int, sizes: list[int]) -> None:
+    portions = Encoder.portions(torch.empty((photos, 3, px, px), device="meta"))
+    assert [len(one) for one in portions] == sizes
+
+
+def test_portions_of_photos_give_what_all_of_them_give(
+    tree: dict[str, Any], photos: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(tree).eval()
+    whole = model.patches(photos)
+    monkeypatch.setattr(encoder, "_MOST_FEATURES", 1)
+    assert len(Encoder.portions(photos)) == len(photos)
+    torch.testing.assert_close(model.patches(photos), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_beam_search_gives_the_likeliest_caption_of_all(tree: dict[str, Any], photos: torch.Tensor) -> None:

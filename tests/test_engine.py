@@ -12,6 +12,7 @@ import pytest
 from conftest import RankFunction
 from torch import Tensor
 
+from pvtcap import zerogradients
 from pvtcap.afterstep import val_loss
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, OptimConfig, batch_plan
@@ -125,6 +126,41 @@ def broken_gradients(world: World, tree: dict[str, Any]) -> dict[str, list[bool]
                 if not broken:
                     engine.step(0.0)
             found[f"{stage} {precision} {name}"] = finite
+    return found
+
+
+def test_gradients_taken_at_once_are_those_taken_one_by_one(run_ranks: RankFunction, plain: dict[str, Any]) -> None:
+    """Beside DeepSpeed's own way; three ranks share no parameter evenly, and a small bucket holds few of them."""
+    for found in run_ranks("test_engine:both_ways", 3, tree=plain):
+        assert len(found) == 3
+        for at_once, one_by_one in found.values():
+            assert at_once["grad_norms"] == pytest.approx(one_by_one["grad_norms"], rel=1e-6)
+            assert at_once["losses"] == pytest.approx(one_by_one["losses"], rel=1e-5)
+            assert at_once["weights"] == pytest.approx(one_by_one["weights"], rel=1e-4, abs=1e-4)
+
+
+def both_ways(world: World, tree: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Of each stage and form of gradients: training with ``taken_at_once``, and without it."""
+    import deepspeed
+
+    release, found = zerogradients._BUFFERS, {}
+    assert deepspeed.__version__.startswith(release), "pvtcap.zerogradients does not know this release"
+    forms: dict[str, dict[str, Any]] = {
+        "bf16": {"data": {"micro_batch": 2}},
+        "small": {"zero": {"deepspeed_json": str(Path(tree["run"]["dir"]).parent / "small.json")}},
+        "offload": {"zero": {"offload": "optimizer"}},
+    }
+    small = Path(forms["small"]["zero"]["deepspeed_json"])
+    small.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}}))
+    for stage, form in ((1, "bf16"), (2, "small"), (2, "offload")):
+        variant = merged({"data": {"global_batch": 6}, "zero": {"stage": stage}}, forms[form])
+        config = parse(merged(tree, {**variant, "precision": "bf16"}), "test")
+        both = []
+        for known in (release, "none of them"):
+            zerogradients._BUFFERS = known
+            both.append(train(world, config))
+        found[f"{stage} {form}"] = both
+    zerogradients._BUFFERS = release
     return found
 
 

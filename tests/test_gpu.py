@@ -18,8 +18,9 @@ from pvtcap import doctor
 from pvtcap import train as training
 from pvtcap.captioner import Captioner
 from pvtcap.checkpoint import Checkpoint
-from pvtcap.config import batch_plan
+from pvtcap.config import ModelConfig, batch_plan
 from pvtcap.configfile import parse
+from pvtcap.decoder import Decoder
 from pvtcap.dist import World
 from pvtcap.errors import MachineError
 from pvtcap.featureformat import decode
@@ -67,6 +68,18 @@ def test_the_model_gives_the_loss_and_gradients_that_it_gives_on_a_cpu(plain: di
         found[device] = float(loss.detach()), norms
     assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-5)
     assert found["cuda"][1] == pytest.approx(found["cpu"][1], rel=1e-3, abs=1e-5)
+
+
+def test_the_vocabulary_is_widened_in_training_alone_and_the_losses_stay() -> None:
+    decoder = Decoder(ModelConfig(decoder_layers=1), vocab_size=30_522).to("cuda", torch.bfloat16)
+    hidden, labels = torch.randn(64, 768, device="cuda", dtype=torch.bfloat16), torch.arange(64, device="cuda")
+    columns, losses = [], []
+    for learning in (True, False):
+        decoder.train(learning)
+        columns.append(decoder.lm.cls(hidden).shape[1])
+        losses.append(decoder._cross_entropies(hidden, labels).detach())
+    assert columns == [30_528, 30_522]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
 
 
 def test_every_stage_and_precision_learns_the_same(world: World, plain: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ LEVELS = [
         "weightnames",
     },
     {"shardfiles", "bootstrap", "java", "jobs", "ptb", "cocofiles", "weightfiles"},
-    {"shardcache", "deepspeedops"},
+    {"shardcache", "deepspeedops", "zerogradients"},
     {"recipes", "dist", "order", "shardset", "tarwalk", "scorers"},
     {
         "stepfolders",
