@@ -208,9 +208,12 @@ class Engine:
             parameter.register_hook(keep)  # type: ignore[no-untyped-call]
 
     def _look(self) -> None:
-        """A value that is not finite stays so in any sum of absolute values."""
+        """A value that is not finite stays so in a sum: of both infinities comes NaN."""
         if self._unseen:
-            self._gradient_sum += nn.utils.get_total_norm(self._unseen, norm_type=1.0)
+            if self.world.device.type == "cuda":  # many in one kernel
+                self._gradient_sum += nn.utils.get_total_norm(self._unseen, norm_type=1.0)
+            else:  # a quarter of the time of that
+                self._gradient_sum += torch.stack([gradient.sum() for gradient in self._unseen]).sum()
             self._unseen.clear()
             self._unseen_bytes = 0
 

@@ -1,9 +1,9 @@
-"""ZeRO 1 and 2 in 16 bits, where they go through the parameters one by one: a few operations for all of them at once.
+"""ZeRO 1 and 2 go through gradients parameter by parameter: here are fewer operations, and cheaper ones, for the same.
 
-DeepSpeed 0.19 sums gradients in one flat float32 buffer a group, and yet takes a norm of each parameter's part of it,
-converts it to float64 first, and adds each gradient to it in two operations. On a GPU that is four kernels a parameter,
-each launched for itself: 11 ms of a step of 130 (benchmarks/LOG.md). What comes out is the same but for the order in
-which squares are summed.
+DeepSpeed 0.19 takes the norm of each parameter's gradient, of a copy in float64: on CPUs 0.13 of 3.7 s. In 16 bits it
+sums gradients in one flat float32 buffer a group, and adds each to it in two operations: with the norms, on a GPU, four
+kernels a parameter, each launched for itself, 11 ms of 130 (benchmarks/LOG.md). What comes out is the same but for the
+order in which squares are summed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _BUFFERS = "0.19."  # the releases that keep such buffers under these names
+_ROW = 1024
 
 
 def taken_at_once(optimizer: Any) -> None:
@@ -36,11 +37,12 @@ class _AtOnce:
         """The norm of a group's gradients on all ranks together; its padding is zeros."""
         from deepspeed import comm
 
-        flat = getattr(gradients, "flat_partition", None)
-        if flat is None or norm_type != 2:
+        if norm_type != 2:
             norm: Tensor = self.norm_of_each(gradients, params, norm_type)
             return norm
-        square = torch.linalg.vector_norm(flat, dtype=torch.float64).square().float()
+        flat = getattr(gradients, "flat_partition", None)
+        parts = gradients if flat is None else [flat]
+        square = torch.stack([_square(part) for part in parts]).sum().float()
         comm.all_reduce(square, group=self.optimizer.dp_process_group)
         return torch.sqrt(square)  # not finite, DeepSpeed sees it by itself
 
@@ -54,7 +56,7 @@ class _AtOnce:
             length = optimizer.bit16_groups[group][index].numel()
             rank = comm.get_rank(group=optimizer.real_dp_process_group[group])
             skipped = optimizer.grad_start_offset[group][rank].get(name)
-            if skipped is not None:
+            if skipped is not None and optimizer._use_compact_grad_partition_buffer(group):
                 place = optimizer.grad_partition_insertion_offset[group][rank][name]
                 ours = min(length - skipped, optimizer.partition_size[group] - place)
                 if ours > 0:
@@ -64,3 +66,15 @@ class _AtOnce:
             offset += length
         if sums:
             torch._foreach_add_(sums, parts)
+
+
+def _square(part: Tensor) -> Tensor:
+    """Of the norm, float64. Sums in float32 are exact enough for short rows: 10^-9 of 137 million values of both signs,
+    where one sum of them all is off by 10^-3.
+    """
+    if part.is_cuda:
+        return torch.square(torch.linalg.vector_norm(part, dtype=torch.float64))
+    values = part.reshape(-1)
+    in_rows = len(values) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(values[:in_rows].view(-1, _ROW), dim=1)
+    return torch.cat([rows, values[in_rows:]]).double().square().sum()
