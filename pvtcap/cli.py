@@ -143,6 +143,10 @@ def features(
     if dtype not in ("fp16", "int8"):
         raise ConfigError("unknown type of features", where="--dtype", got=dtype, wanted="fp16 or int8")
     loaded = load(config, overrides or [])
+    from pvtcap.processes import begin_server
+
+    if loaded.data.workers:
+        begin_server(["pvtcap.photoviews"])
     from pvtcap import features as making
     from pvtcap.dist import World
 
