@@ -42,7 +42,8 @@ class _AtOnce:
             return norm
         flat = getattr(gradients, "flat_partition", None)
         parts = gradients if flat is None else [flat]
-        square = torch.stack([_square(part) for part in parts]).sum().float()
+        none = torch.zeros((), dtype=torch.float64, device=self.optimizer.device)
+        square = torch.stack([none, *(_square(part) for part in parts)]).sum().float()
         comm.all_reduce(square, group=self.optimizer.dp_process_group)
         return torch.sqrt(square)  # not finite, DeepSpeed sees it by itself
 
@@ -76,5 +77,7 @@ def _square(part: Tensor) -> Tensor:
         return torch.square(torch.linalg.vector_norm(part, dtype=torch.float64))
     values = part.reshape(-1)
     in_rows = len(values) // _ROW * _ROW
-    rows = torch.linalg.vector_norm(values[:in_rows].view(-1, _ROW), dim=1)
-    return torch.cat([rows, values[in_rows:]]).double().square().sum()
+    rows = torch.linalg.vector_norm(values[:in_rows].view(-1, _ROW), dim=1, dtype=torch.float32)
+    square = torch.cat([rows, values[in_rows:]]).double().square().sum()
+    # Squares of values above 10^19 have no place in float32.
+    return square if torch.isfinite(square) else values.double().square().sum()

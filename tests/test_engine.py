@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import RankFunction
 from torch import Tensor
 
@@ -139,6 +140,17 @@ def test_gradients_taken_at_once_are_those_taken_one_by_one(run_ranks: RankFunct
             assert at_once["grad_norms"] == pytest.approx(one_by_one["grad_norms"], rel=1e-3)
             assert at_once["losses"] == pytest.approx(one_by_one["losses"], rel=1e-4)
             assert at_once["weights"] == pytest.approx(one_by_one["weights"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 300_000])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e30])
+def test_a_norm_by_rows_is_the_norm(size: int, scale: float) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)) * scale
+    expected = float(values.double().square().sum())
+    assert float(zerogradients._square(values)) == pytest.approx(expected, rel=1e-6)
+    if size:
+        values[-1] = float("nan")
+        assert not zerogradients._square(values).isfinite()
 
 
 def both_ways(world: World, tree: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
