@@ -30,7 +30,7 @@ from pvtcap.train import train_step
 STEPS = 20
 
 
-def train(world: World, config: Config) -> dict[str, Any]:
+def train(world: World, config: Config, steps: int = STEPS) -> dict[str, Any]:
     """A few steps: the losses, gradient norms, a validation loss, and a checksum of every parameter."""
     sources = Sources.open(config.data)
     tokenizer = CaptionTokenizer.train((text for group in sources.captions() for text in group), 100)
@@ -40,7 +40,7 @@ def train(world: World, config: Config) -> dict[str, Any]:
     batches = train_batches(sources, view, plan, world, seed=0, first_step=0)
     ledger = Ledger(config.run.dir, sources, world, start_step=0, max_bad_fraction=0.0)
     stats = [
-        train_step(engine, batches, ledger, plan, world, step=step, scale=1.0).stats for step in range(1, STEPS + 1)
+        train_step(engine, batches, ledger, plan, world, step=step, scale=1.0).stats for step in range(1, steps + 1)
     ]
     state = engine.trainable_state() or {}
     return {
@@ -173,7 +173,7 @@ def both_ways(world: World, tree: dict[str, Any]) -> dict[str, list[dict[str, An
         both = []
         for known in (release, "none of them"):
             zerogradients._BUFFERS = known
-            both.append(train(world, config))
+            both.append(train(world, config, steps=5))
         found[f"{stage} {form}"] = both
     zerogradients._BUFFERS = release
     return found
