@@ -57,7 +57,7 @@ class Encoder(nn.Module):
     def portions(photos_B3HW: Tensor) -> tuple[Tensor, ...]:
         """The photos in as few parts as ``forward`` should get them in, of one size if it can be.
 
-        The first stage's widest features are 32 numbers a pixel of the photo. From 2^31 of them GPUs have no quick
+        The first stage's widest features are up to 32 numbers a pixel of a photo. From 2^31 of them GPUs have no quick
         kernels (benchmarks/LOG.md), and half as many fill the device as well.
         """
         num_photos, _, height, width = photos_B3HW.shape

@@ -52,8 +52,8 @@ NETWORKS = (
     Link("Ethernet 10G", 1.25e9, 30e-6),
 )
 # Where no run has been measured: its peak, and the share of it that one H200 (the same chip) reached with the full-size
-# model in bf16 at ZeRO-2, not compiled and compiled, at up to 256 photos a step; 512 reached 0.15 and 0.24 from photos,
-# 0.24 and 0.30 from features (benchmarks/gpu.py).
+# model in bf16 at ZeRO-2, not compiled and compiled: with 256 photos a step, or features of 512 (benchmarks/gpu.py).
+# With 512 photos, and of late, it reached 0.15 and 0.24, from features 0.24 and 0.30.
 DEVICE = "H100"
 UTILISATION = {"photos": (0.12, 0.19), "features": (0.21, 0.27)}
 LAUNCH_S = 0.08  # of a step there, however small: its kernels, and DeepSpeed's hand on each of 323 parameters

@@ -1,6 +1,6 @@
 """ZeRO 1 and 2 go through gradients parameter by parameter: here are fewer operations, and cheaper ones, for the same.
 
-DeepSpeed 0.19 takes the norm of each parameter's gradient, of a copy in float64: on CPUs 0.13 of 3.7 s. In 16 bits it
+DeepSpeed 0.19 takes the norm of each parameter's gradient, of a copy in float64: on CPUs 0.14 of 3.7 s. In 16 bits it
 sums gradients in one flat float32 buffer a group, and adds each to it in two operations: with the norms, on a GPU, four
 kernels a parameter, each launched for itself, 11 ms of 130 (benchmarks/LOG.md). What comes out is the same but for the
 order in which squares are summed.
@@ -31,15 +31,12 @@ class _AtOnce:
     """In place of the two methods of a ``DeepSpeedZeroOptimizer`` that are named in ``taken_at_once``."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer, self.norm_of_each = optimizer, optimizer.get_grad_norm_direct
+        self.optimizer = optimizer
 
-    def norm(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
+    def norm(self, gradients: Any, params: Any) -> Tensor:
         """The norm of a group's gradients on all ranks together; its padding is zeros."""
         from deepspeed import comm
 
-        if norm_type != 2:
-            norm: Tensor = self.norm_of_each(gradients, params, norm_type)
-            return norm
         flat = getattr(gradients, "flat_partition", None)
         parts = gradients if flat is None else [flat]
         none = torch.zeros((), dtype=torch.float64, device=self.optimizer.device)
