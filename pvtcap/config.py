@@ -287,6 +287,11 @@ class BatchPlan:
     accumulation: int
 
 
+def ranks_in_words(number: int) -> str:
+    """For messages: "1 rank", "2 ranks"."""
+    return f"{number} rank{'s' if number != 1 else ''}"
+
+
 def batch_plan(data: DataConfig, world_size: int) -> BatchPlan:
     """Derive accumulation from the world size; ConfigError, with all the numbers, when it does not divide."""
     micro = data.micro_batch or max(1, data.global_batch // world_size)
@@ -294,7 +299,7 @@ def batch_plan(data: DataConfig, world_size: int) -> BatchPlan:
     if rest or not accumulation:
         raise ConfigError(
             "data.global_batch is not a multiple of micro_batch × ranks",
-            got=f"global_batch {data.global_batch}, micro_batch {micro}, {world_size} ranks",
+            got=f"global_batch {data.global_batch}, micro_batch {micro}, {ranks_in_words(world_size)}",
             wanted=f"a multiple of {micro * world_size}",
             do=f"Try data.global_batch={max(1, round(data.global_batch / (micro * world_size))) * micro * world_size}, "
             "another data.micro_batch, or another number of ranks.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pvtcap import checkpoint, frozenencoder, resuming, weights
 from pvtcap.captioner import Captioner
-from pvtcap.config import BatchPlan, Config, batch_plan
+from pvtcap.config import BatchPlan, Config, batch_plan, ranks_in_words
 from pvtcap.dist import World
 from pvtcap.errors import ConfigError
 from pvtcap.shardset import ShardSet
@@ -43,8 +43,8 @@ class Job:
         begin = f"going on from step {self.start_step} of" if self.resumed else "training"
         return (
             f"{begin} {self.total_steps} steps: {self.train.num_samples:,} photos, global batch "
-            f"{self.plan.global_batch} = {self.plan.micro_batch} × {world.size} ranks × {self.plan.accumulation}, "
-            f"{world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
+            f"{self.plan.global_batch} = {self.plan.micro_batch} × {ranks_in_words(world.size)} × "
+            f"{self.plan.accumulation}, {world.device.type}, ZeRO-{config.zero.stage}, {config.precision}"
             + (f", {learning:,} parameters learn ({config.train.what})" if learning else "")
             + ("" if (features := self.train.shardsets[0].manifest.features) is None else f", from {features}")
         )

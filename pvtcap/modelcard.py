@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pvtcap.checkpoint import Checkpoint
+from pvtcap.config import ranks_in_words
 
 _USE = """\
 ```python
@@ -36,7 +37,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         ("encoder", f"{config.model.encoder}, {'trained' if 'encoder' in config.train.what else 'frozen'}"),
         ("what trained", config.train.what),
         ("photo size", f"{config.data.image_px} × {config.data.image_px} pixels"),
-        ("ZeRO stage, precision", f"{config.zero.stage}, {config.precision}, {manifest.world_size} ranks"),
+        ("ZeRO stage, precision", f"{config.zero.stage}, {config.precision}, {ranks_in_words(manifest.world_size)}"),
         ("pvtcap", manifest.pvtcap),
         ("git revision", environment.get("git_revision") or "not known"),
     ]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pvtcap import dryrun, runlog, scaling
-from pvtcap.config import BatchPlan, Config, batch_plan
+from pvtcap.config import BatchPlan, Config, batch_plan, ranks_in_words
 from pvtcap.engine import deepspeed_dict
 from pvtcap.errors import PvtcapError
 from pvtcap.flops import StepFlops, peak_flops
@@ -194,9 +194,8 @@ def _measured_save(run: Path) -> float | None:
 def print_plan(found: Plan, config: Config, console: Console) -> None:
     """As a person reads it."""
     cut = found.batches
-    console.print(
-        f"global batch {cut.global_batch} = {cut.micro_batch} × {cut.world_size} ranks × {cut.accumulation} accumulated"
-    )
+    ranks = ranks_in_words(cut.world_size)
+    console.print(f"global batch {cut.global_batch} = {cut.micro_batch} × {ranks} × {cut.accumulation} accumulated")
     steps = "?" if found.total_steps is None else f"{found.total_steps:,}"
     console.print(f"{steps} steps" + (f" ({found.why_no_steps})" if found.why_no_steps else ""))
     if found.num_shards is not None:
@@ -216,10 +215,10 @@ def print_plan(found: Plan, config: Config, console: Console) -> None:
 
 
 def _memory_table(found: Plan, config: Config) -> Table:
-    ranks = found.batches.world_size
+    ranks = ranks_in_words(found.batches.world_size)
     table = Table(
         "GiB a rank",
-        title=f"memory, {config.precision}, {ranks} ranks, rows of about {found.row_tokens:,} tokens",
+        title=f"memory, {config.precision}, {ranks}, rows of about {found.row_tokens:,} tokens",
         title_justify="left",
     )
     for one in found.memory:

@@ -30,7 +30,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from pvtcap.config import BatchPlan
+from pvtcap.config import BatchPlan, ranks_in_words
 from pvtcap.order import Cycle
 
 
@@ -84,7 +84,7 @@ class Compute:
     @classmethod
     def measured(cls, photos_s: float, ranks: int) -> Compute:
         """From a run's photos a second on one device: its waiting and its ranks' communication stay in it."""
-        return cls(1 / photos_s, 0.0, f"measured by this run on {ranks} ranks: {photos_s:,.3g} images/s each")
+        return cls(1 / photos_s, 0.0, f"measured by this run on {ranks_in_words(ranks)}: {photos_s:,.3g} images/s each")
 
     def step_s(self, batches: BatchPlan) -> float:
         return batches.accumulation * max(self.least_s, batches.micro_batch * self.photo_s)

@@ -23,7 +23,7 @@ from pvtcap import elastic
 from pvtcap.afterstep import AfterStep, Evaluation
 from pvtcap.batch import BadSample, Batch
 from pvtcap.checkpoint import ENGINE, Checkpoint
-from pvtcap.config import BatchPlan, Config
+from pvtcap.config import BatchPlan, Config, ranks_in_words
 from pvtcap.dist import World
 from pvtcap.engine import Engine, deepspeed_dict, lr_scale
 from pvtcap.errors import TrainError
@@ -151,7 +151,8 @@ def start_engine(job: Job, config: Config, world: World) -> Engine:
 
 def _how_it_goes_on(resumed: Checkpoint, config: Config, world: World) -> str:
     before, now = resumed.manifest, resumed.config
-    shapes = [f"{size} ranks, ZeRO-{of.zero.stage}" for size, of in ((before.world_size, now), (world.size, config))]
+    both = ((before.world_size, now), (world.size, config))
+    shapes = [f"{ranks_in_words(size)}, ZeRO-{of.zero.stage}" for size, of in both]
     return f"going on from step {before.step} with {shapes[1]}" + (
         f" (was {shapes[0]})" if shapes[0] != shapes[1] else ""
     )

@@ -90,7 +90,7 @@ def test_training_on_damaged_shards(shapes: Path, yaml_file: Path, tmp_path: Pat
     [
         (["optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
         (["optim.warmup=1"], "Did you mean 'warmup_steps'?"),
-        (["data.global_batch=9", "data.micro_batch=2"], "got global_batch 9, micro_batch 2, 1 ranks"),
+        (["data.global_batch=9", "data.micro_batch=2"], "got global_batch 9, micro_batch 2, 1 rank"),
         (["data.train=null"], "no training data"),
         (["train.steps=null"], "Set train.epochs or train.steps"),
         (["model.encoder=pvt_v3"], "not a PVT v2 encoder"),

@@ -177,7 +177,7 @@ def test_the_command_prints_it_for_people_and_for_scripts(tree: dict[str, Any], 
         ).stdout
         for more in ([], ["--json"])
     ]
-    assert "global batch 8 = 8 × 1 ranks × 1 accumulated" in said[0]
+    assert "global batch 8 = 8 × 1 rank × 1 accumulated" in said[0]
     assert "6 steps" in said[0]
     assert "assumed, as on one H200: " in said[0]
     assert "each node reads 8 of 8 lanes" in said[0]

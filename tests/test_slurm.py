@@ -111,7 +111,7 @@ def test_queued_again_on_fewer_nodes_it_goes_on_to_the_same_end(
     cluster.wait(job, "COMPLETED", timeout=200)
     log = cluster.log(job)
     assert log.count("n2: ranks 1-1") == 1, log[-3000:]
-    assert "1 ranks, ZeRO-2 (was 2 ranks, ZeRO-2)" in log
+    assert "1 rank, ZeRO-2 (was 2 ranks, ZeRO-2)" in log
     assert losses(run) == pytest.approx(losses(local), rel=1e-5)
     assert int(cluster.job(job)["Restarts"]) >= 1
     assert audit.audit(run).is_clean
