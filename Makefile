@@ -27,8 +27,9 @@ setup: .venv/installed
 demo: setup
 	launch/demo.sh
 
+# Two tests at a time: most of what they do is to wait for processes of their own.
 test: setup
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
 test-long: setup
 	PVTCAP_LONG=1 $(PYTHON) -m pytest

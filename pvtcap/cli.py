@@ -17,6 +17,7 @@ import typer
 
 from pvtcap import __version__, evaluationcommands, modelcommands, processes
 from pvtcap.errors import MachineError, PvtcapError
+from pvtcap.imports import quick_imports
 from pvtcap.libraryerrors import explaining
 
 app = typer.Typer(
@@ -104,10 +105,11 @@ def train(
     ):
         if loaded.data.workers:
             begin_server(["pvtcap.stream"])  # decoding processes need torch, too, and nothing of DeepSpeed
-        from pvtcap import train as training
-        from pvtcap.dist import World
-        from pvtcap.evaluate import BackgroundEvaluation
-        from pvtcap.stallwatch import StallWatch
+        with quick_imports():
+            from pvtcap import train as training
+            from pvtcap.dist import World
+            from pvtcap.evaluate import BackgroundEvaluation
+            from pvtcap.stallwatch import StallWatch
 
         with (
             World.start() as world,
@@ -147,8 +149,9 @@ def features(
 
     if loaded.data.workers:
         begin_server(["pvtcap.photoviews"])
-    from pvtcap import features as making
-    from pvtcap.dist import World
+    with quick_imports():
+        from pvtcap import features as making
+        from pvtcap.dist import World
 
     # A rank that is done waits for the others, which may have the larger shards: not for half an hour only.
     with World.start(timeout_minutes=24 * 60) as world:
@@ -193,8 +196,9 @@ def plan(
     """Say what a run will be: batches, steps, memory by ZeRO stage, checkpoints, and the line to submit it."""
     from rich.console import Console
 
-    from pvtcap import plan as planning
-    from pvtcap.configfile import load
+    with quick_imports():
+        from pvtcap import plan as planning
+        from pvtcap.configfile import load
 
     loaded = load(config, overrides or [])
     found = planning.plan(loaded, " ".join([config, *(overrides or [])]), nodes, gpus_per_node)

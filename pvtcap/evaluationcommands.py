@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvtcap.errors import ConfigError
+from pvtcap.imports import quick_imports
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,10 +174,11 @@ def evaluate(
 
     Killed, it goes on from what its ranks had captioned when the same command is given again.
     """
-    from pvtcap import evaluate as evaluation
-    from pvtcap.checkpoint import Checkpoint
-    from pvtcap.configfile import evaluating
-    from pvtcap.dist import World
+    with quick_imports():
+        from pvtcap import evaluate as evaluation
+        from pvtcap.checkpoint import Checkpoint
+        from pvtcap.configfile import evaluating
+        from pvtcap.dist import World
 
     given: dict[str, Any] = {
         "num_beams": num_beams,

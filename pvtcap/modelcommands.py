@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from pvtcap.imports import quick_imports
+
 CheckpointFolder = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder: its latest.")]
 EncoderWeights = Annotated[
     str | None, typer.Option(help="Where a frozen encoder's weights lie now, if not where they were in the training.")
@@ -44,11 +46,12 @@ def caption(
 
     A photo that cannot be read is named on stderr (with --json it has "error"), and the exit code is then 2.
     """
-    from pvtcap import sheet as drawing
-    from pvtcap.api import Captioner
-    from pvtcap.buildreport import photos_progress
-    from pvtcap.caption import caption_photos, count_photos, find_photos
-    from pvtcap.errors import ShardError
+    with quick_imports():
+        from pvtcap import sheet as drawing
+        from pvtcap.api import Captioner
+        from pvtcap.buildreport import photos_progress
+        from pvtcap.caption import caption_photos, count_photos, find_photos
+        from pvtcap.errors import ShardError
 
     found = find_photos(photos)
     captioner = Captioner.from_checkpoint(checkpoint, device, encoder_weights=encoder_weights, decoder=decoder)
@@ -91,8 +94,9 @@ def export(
     decoder: Decoder = None,
 ) -> None:
     """Write a trained model for others: one process, on a CPU, whatever ranks and ZeRO stage trained it."""
-    from pvtcap import export as exporting
-    from pvtcap.checkpoint import Checkpoint
+    with quick_imports():
+        from pvtcap import export as exporting
+        from pvtcap.checkpoint import Checkpoint
 
     written = exporting.export(
         Checkpoint.open(checkpoint),

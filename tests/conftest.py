@@ -9,11 +9,12 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forkedranks import ForkedRanks
 
 from pvtcap.config import Config
 from pvtcap.configfile import parse
@@ -38,8 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="long: make test-long runs it"))
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """DeepSpeed compiles its op at first use, and who else wants it waits: that is not for a test to do that kills what
+    it starts, and would leave the lock to the others of xdist's.
+    """
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        program = "from pvtcap.deepspeedops import load_cpu_communication as load; load()"
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
     """What keeps a finished suite from ending is told, and ended: CI would wait for its own limit, without a word."""
+    if hasattr(config, "workerinput"):
+        return  # it may have to wait for the other one of xdist's
     faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # threads and what waits for them
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(90)  # native code, when the interpreter is gone
@@ -106,8 +119,14 @@ def torchrun(num_ranks: int, *words: str, timeout: float = 300) -> subprocess.Co
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+@pytest.fixture(scope="session")
+def forked_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRanks]:
+    with ForkedRanks(tmp_path_factory.mktemp("ranks") / "log") as forked:
+        yield forked
+
+
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> RankFunction:
+def run_ranks(forked_ranks: ForkedRanks, tmp_path: Path) -> RankFunction:
     """``run_ranks("test_engine:losses", 2, **arguments)``: call a function on real ranks; what each of them returned.
 
     The function takes a World and plain values, and gives plain values. A failure shows what the ranks printed.
@@ -115,9 +134,8 @@ def run_ranks(tmp_path: Path) -> RankFunction:
 
     def call(function: str, num_ranks: int, **arguments: Any) -> list[Any]:
         out = tmp_path / f"{function.replace(':', '-')}-{num_ranks}.json"
-        program = str(ROOT / "tests" / "ranks.py")
-        done = torchrun(num_ranks, program, function, json.dumps(arguments), str(out))
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        failed = forked_ranks.call(function, num_ranks, arguments, out)
+        assert not failed, failed
         results: list[Any] = json.loads(out.read_text())
         return results
 

@@ -1,81 +1,131 @@
-"""Evaluations on many ranks, cheaply: imports once, then forks each world's ranks. python tests/forkedranks.py SPECS
+"""Real ranks, cheaply: a process that imports all that ranks import, once, and forks each world of them.
 
-SPECS is a JSON list of {checkpoint, data, out, size, die_rank}: caption_all on ``size`` ranks; rank ``die_rank`` (null:
-none) kills itself after its first batch, and the others, which then wait for it, are killed too. For each, stdout has a
-line: the batches that its ranks captioned anew.
+    with ForkedRanks(log) as forked:
+        failed = forked.call("test_engine:losses", 2, {"tree": tree}, out)
+
+torchrun's ranks import torch, DeepSpeed and transformers each time anew, for longer than most tests train. What
+torchrun itself does, tests that start it show (``conftest.torchrun``).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import selectors
 import signal
 import socket
+import subprocess
 import sys
-import tempfile
 import traceback
 from pathlib import Path
-from typing import Any
-
-from pvtcap import evaluate as evaluation
-from pvtcap.checkpoint import Checkpoint
-from pvtcap.dist import World
-from pvtcap.evalparts import Part, Parts
+from typing import Any, Self
 
 
-def rank_main(spec: dict[str, Any], rank: int, port: int, log: Path) -> int:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(spec["size"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    add = Parts.add
+class ForkedRanks:
+    """Starts worlds one after the other. What they print goes to ``log``, which each call begins anew."""
 
-    def logged(self: Parts, part: Part) -> None:
-        add(self, part)
-        with log.open("a") as file:
-            file.write(f"{part.number}\n")
-        if rank == spec["die_rank"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._server: subprocess.Popen[bytes] | None = None
 
-    Parts.add = logged  # type: ignore[method-assign]
-    try:
-        with World.start() as world:
-            checkpoint = Path(spec["checkpoint"])
-            how = Checkpoint.open(checkpoint).config.evaluate
-            evaluation.caption_all(checkpoint, Path(spec["data"]), Path(spec["out"]), world, how)
-    except BaseException:  # noqa: BLE001  # the parent is told by the exit code
-        traceback.print_exc()
-        return 1
-    return 0
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._server is not None:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.communicate()
+            self._server = None
+
+    def call(self, function: str, size: int, arguments: dict[str, Any], out: Path, timeout_s: float = 300) -> str:
+        """Run MODULE:FUNCTION(world, **arguments) on ``size`` ranks, of one thread each and without a GPU; every rank's
+        result is in ``out``, as JSON. Returns "" or, when one of them failed or was killed (and the others therefore
+        were), what they said.
+        """
+        self.log.write_bytes(b"")
+        spec = {"function": function, "size": size, "arguments": arguments, "out": str(out), "log": str(self.log)}
+        server = self._running()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(spec).encode() + b"\n")
+        server.stdin.flush()
+        with selectors.DefaultSelector() as answers:
+            answers.register(server.stdout, selectors.EVENT_READ)
+            answered = answers.select(timeout_s)
+        line = server.stdout.readline() if answered else b""
+        if line == b"whole\n":
+            return ""
+        if not line:
+            self.__exit__()  # with its ranks; the next call starts another
+        said = self.log.read_text(errors="replace")
+        return f"{line.decode().strip() or f'no end after {timeout_s:.0f} seconds'}\n{said[-12_000:]}"
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._server is None:
+            here = str(Path(__file__).parent)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here, "CUDA_VISIBLE_DEVICES": ""}
+            self._server = subprocess.Popen(
+                [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        return self._server
 
 
-def run(spec: dict[str, Any], log: Path) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    log.touch()
-    children = []
-    for rank in range(spec["size"]):
+def serve() -> None:
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever is printed goes elsewhere
+    import deepspeed  # noqa: F401
+    import pytest  # noqa: F401
+
+    import pvtcap.evaluate
+    import pvtcap.monitor
+    import pvtcap.train  # noqa: F401
+
+    for line in sys.stdin:
+        os.write(answers, f"{_world(**json.loads(line))}\n".encode())
+
+
+def _world(function: str, size: int, arguments: dict[str, Any], out: str, log: str) -> str:
+    """Fork its ranks and wait for them: how it ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {}
+    for rank in range(size):
         child = os.fork()
         if child == 0:
-            os._exit(rank_main(spec, rank, port, log))
-        children.append(child)
-    for _ in range(spec["size"]):
+            _rank(function, rank, size, port, arguments, out, log)
+        ranks[child] = rank
+    ended = "whole"
+    while ranks:
         child, status = os.wait()
-        children.remove(child)
-        if status:
-            for other in children:
+        rank = ranks.pop(child)
+        if status and ended == "whole":
+            ended = f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}"
+            for other in ranks:
                 os.kill(other, signal.SIGKILL)
-                os.waitpid(other, 0)
-            assert os.WIFSIGNALED(status), "a rank failed by itself"
-            return
+    return ended
 
 
-def main(specs: str) -> None:
-    for spec in json.loads(specs):
-        with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "log"
-            run(spec, log)
-            print(json.dumps(sorted(int(line) for line in log.read_text().split())), flush=True)
+def _rank(function: str, rank: int, size: int, port: int, arguments: dict[str, Any], out: str, log: str) -> None:
+    """In a process of its own, which does not come back."""
+    import ranks
+
+    from pvtcap.processes import leave
+
+    code = 1
+    try:
+        with Path(log).open("ab") as said, Path(os.devnull).open("rb") as nothing:
+            for number, file in ((0, nothing), (1, said), (2, said)):
+                os.dup2(file.fileno(), number)
+        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in about.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        ranks.main(function, json.dumps(arguments), out)
+        code = 0
+    except BaseException:  # noqa: BLE001  # whatever it is, the log has it and the test is told
+        traceback.print_exc()
+    leave(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve()

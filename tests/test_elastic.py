@@ -15,6 +15,7 @@ from test_train import logged, losses
 
 from pvtcap import audit, checkpoint, stepfolders
 from pvtcap import train as training
+from pvtcap.config import ranks_in_words
 from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.errors import PvtcapError
@@ -67,7 +68,7 @@ def test_another_number_of_ranks_or_stage_goes_on_with_the_same_losses_and_sampl
         report = audit.audit(run)
         assert report.is_clean
         told = logged(run, "event")[0]["text"]
-        assert f"with {ranks} ranks, ZeRO-{now}" in told
+        assert f"with {ranks_in_words(ranks)}, ZeRO-{now}" in told
         assert ("was 2 ranks" in told) == ((before, 2) != (now, ranks))
         assert not list((run / "checkpoints").glob("*universal*"))
         assert consumed(run) == consumed(whole[before])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RankFunction
+from conftest import ROOT, RankFunction, torchrun
 from torch import Tensor
 
 from pvtcap import zerogradients
@@ -236,13 +236,16 @@ def test_compilation_changes_no_losses(run_ranks: RankFunction, plain: dict[str,
 
 
 def test_the_communication_op_is_compiled_with_our_own_ninja_whatever_the_path(
-    run_ranks: RankFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "ninja"
     other.write_text("#!/bin/sh\ntouch $(dirname $0)/called; exit 1\n")
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert run_ranks("test_engine:load_op", 1) == [True]
+    out = tmp_path / "out.json"
+    done = torchrun(1, str(ROOT / "tests" / "ranks.py"), "test_engine:load_op", "{}", str(out))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(out.read_text()) == [True]
     assert not (tmp_path / "called").exists()
 
 

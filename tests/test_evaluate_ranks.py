@@ -6,15 +6,15 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_checkpoint
 import torch
-from conftest import ROOT, tiny_tree
+from conftest import tiny_tree
+from forkedranks import ForkedRanks
 from safetensors.torch import save_file
 
 from pvtcap import evaluate as evaluation
@@ -23,6 +23,7 @@ from pvtcap.checkpoint import MANIFEST, TRAINABLE, Checkpoint
 from pvtcap.configfile import evaluating, parse
 from pvtcap.dist import World
 from pvtcap.errors import ConfigError, EvaluationError, ShardError
+from pvtcap.evalparts import Part, Parts
 from pvtcap.shardset import ShardSet, sha256_file
 from pvtcap.stream import View, whole_batches
 from pvtcap.text import CaptionTokenizer
@@ -69,27 +70,45 @@ def alone(checkpoint: Path, shapes: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_any_number_of_ranks_leaves_the_same_bytes_killed_or_not(
-    checkpoint: Path, shapes: Path, alone: Path, tmp_path: Path
+    forked_ranks: ForkedRanks, checkpoint: Path, shapes: Path, alone: Path, tmp_path: Path
 ) -> None:
     """Six batches on 2, 3, 5 and 8 ranks (more than batches); then 3 ranks, one killed, and 2 that go on."""
     assert len({json.loads(line)["caption"] for line in (alone / LEFT[0]).read_text().splitlines()}) > 5
-    one = {"checkpoint": str(checkpoint), "data": str(shapes / "val"), "die_rank": None}
-    specs = [{**one, "size": size, "out": str(tmp_path / f"{size}")} for size in (2, 3, 5, 8)]
-    specs += [{**one, "size": 3, "out": str(tmp_path / "killed"), "die_rank": 1}]
-    specs += [{**one, "size": 2, "out": str(tmp_path / "killed")}]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, str(ROOT / "tests" / "forkedranks.py"), json.dumps(specs)]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    captioned = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    one = {"checkpoint": str(checkpoint), "data": str(shapes / "val")}
+    worlds = [(size, str(size), None) for size in (2, 3, 5, 8)] + [(3, "killed", 1), (2, "killed", None)]
+    captioned = []
+    for size, name, die_rank in worlds:
+        log = tmp_path / "log"
+        log.write_text("")
+        arguments = {**one, "out": str(tmp_path / name), "log": str(log), "die_rank": die_rank}
+        failed = forked_ranks.call("test_evaluate_ranks:caption_on_ranks", size, arguments, tmp_path / "results.json")
+        assert failed.startswith("" if die_rank is None else f"rank {die_rank} ended with -9"), failed
+        assert bool(failed) == (die_rank is not None), failed
+        captioned.append(sorted(int(line) for line in log.read_text().split()))
     assert captioned[:4] == [list(range(6))] * 4
     # What the killed world had done is not done again, and nothing is left out.
     assert 1 <= len(captioned[4]) < 6
     assert sorted(captioned[4] + captioned[5]) == list(range(6))
-    for out in {spec["out"] for spec in specs}:
-        assert sorted(path.name for path in Path(out).iterdir()) == LEFT
+    for _, out, _ in worlds:
+        assert sorted(path.name for path in (tmp_path / out).iterdir()) == LEFT
         for name in LEFT:
-            assert (Path(out) / name).read_bytes() == (alone / name).read_bytes(), (out, name)
+            assert (tmp_path / out / name).read_bytes() == (alone / name).read_bytes(), (out, name)
+
+
+def caption_on_ranks(world: World, checkpoint: str, data: str, out: str, log: str, die_rank: int | None) -> None:
+    """``log`` gets the number of each batch that is captioned; rank ``die_rank`` kills itself after its first."""
+    add = Parts.add
+
+    def logged(self: Parts, part: Part) -> None:
+        add(self, part)
+        with Path(log).open("a") as file:
+            file.write(f"{part.number}\n")
+        if world.rank == die_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Parts.add = logged  # type: ignore[method-assign]
+    how = Checkpoint.open(Path(checkpoint)).config.evaluate
+    evaluation.caption_all(Path(checkpoint), Path(data), Path(out), world, how)
 
 
 def test_the_held_out_loss_is_the_mean_over_all_tokens(checkpoint: Path, shapes: Path, alone: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"errors"},
+    {"errors", "imports"},
     {
         "shardformat",
         "processes",
