@@ -113,13 +113,10 @@ class RowEach(nn.Module):
 
 def unpacked(batch: Batch, tokenizer: CaptionTokenizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same photos and captions, a caption a row: photos (R, …), tokens, labels and mask (R, T)."""
-    rows = [(photo, tokenizer.pack([text], 40)) for photo, sample in zip(batch.photos, batch.samples, strict=True)
+    rows = [(photo, text) for photo, sample in zip(batch.photos, batch.samples, strict=True)
             for text in sample.captions[:CAPTIONS]]  # fmt: skip
-    longest = max(len(pack.tokens) for _, pack in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-    for row, (_, pack) in zip(tokens, rows, strict=True):
-        row[: len(pack.tokens)] = torch.as_tensor(pack.tokens)
-    mask = (tokens > 0).long()
+    tokens = torch.from_numpy(tokenizer.pack([[text] for _, text in rows], 40).tokens)
+    mask = (tokens != tokenizer.pad_id).long()
     return torch.stack([photo for photo, _ in rows]), tokens, tokens.masked_fill(mask == 0, -100), mask
 
 

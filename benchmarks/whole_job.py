@@ -101,7 +101,7 @@ def peer(folder: Path, args: argparse.Namespace) -> None:
     prepare = t.Compose([crop, t.RandomHorizontalFlip(), t.PILToTensor()])
 
     def row(text: str) -> tuple[Tensor, Tensor]:
-        ids = torch.as_tensor([*tokenizer.pack([text], 32).tokens, tokenizer.end_id])
+        ids = torch.as_tensor([*tokenizer.pack([[text]], 32).tokens[0], tokenizer.end_id])
         labels = ids.clone()
         labels[: len(tokenizer.prefix)] = -100
         return ids, labels

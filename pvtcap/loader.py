@@ -17,9 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pvtcap.errors import PvtcapError, ShardError
@@ -50,7 +48,7 @@ class Board:
         self._names: torch.Tensor = torch.zeros((max(1, workers), _NAME_BYTES), dtype=torch.uint8)
         for shared in (self._numbers, self._names):
             shared.share_memory_()  # type: ignore[no-untyped-call]
-        self._row: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
+        self._row: tuple[memoryview[int], memoryview[int]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_row": None}  # each process has its own
@@ -60,10 +58,9 @@ class Board:
         to be fetched, which has time-outs of its own.
         """
         numbers, letters = self._mine()
-        name = where.encode("utf-8", "replace")[-_NAME_BYTES:]
-        letters[: len(name)] = np.frombuffer(name, np.uint8)
-        letters[len(name) :] = 0
-        numbers[:] = os.getpid(), self.FETCHING if fetching else time.monotonic_ns()
+        letters[:] = where.encode("utf-8", "replace")[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
+        numbers[0] = os.getpid()
+        numbers[1] = self.FETCHING if fetching else time.monotonic_ns()
 
     def idle(self) -> None:
         """This process works on no sample: it may take its time."""
@@ -90,12 +87,12 @@ class Board:
             if since > 0
         ]
 
-    def _mine(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    def _mine(self) -> tuple[memoryview[int], memoryview[int]]:
         """This process's row: its numbers, its name's letters."""
         if self._row is None:
             info = get_worker_info()
             worker = 0 if info is None else int(info.id)
-            self._row = self._numbers[worker].numpy(), self._names[worker].numpy()
+            self._row = self._numbers[worker].numpy().data, self._names[worker].numpy().data
         return self._row
 
 

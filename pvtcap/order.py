@@ -51,9 +51,22 @@ class Need(NamedTuple):
     shard: int
 
 
-def generator(seed: int, place: Place) -> np.random.Generator:
-    """The random numbers for choosing captions and augmenting the sample at ``place``, whoever decodes it."""
-    return np.random.default_rng([seed, _AUGMENT, place.position])
+class Draws:
+    """The random numbers for choosing captions and augmenting the sample at a position, whoever decodes it.
+
+    One Philox for all (Salmon et al., 2011): its counter is the position. A generator of its own for each would take
+    as long to make as its captions to pack.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, _AUGMENT]))
+        self._state = self._generator.bit_generator.state
+
+    def at(self, position: int) -> np.random.Generator:
+        """Those of one position, from the first on; until the next call."""
+        self._state["state"]["counter"][:] = 0, position, 0, 0
+        self._generator.bit_generator.state = self._state
+        return self._generator
 
 
 class Cycle:
@@ -88,7 +101,7 @@ class Cycle:
         """How many positions below ``position`` draw from ``source`` (and belong to ``lane``)."""
         within = self._of_source[source] if lane is None else self._of_lane[source][lane]
         cycles, rest = divmod(position, self.length)
-        return cycles * len(within) + int(np.searchsorted(within, rest))
+        return cycles * len(within) + int(within.searchsorted(rest))
 
     def position(self, draw: int, source: int, lane: int | None = None) -> int:
         """Where the draw with this number (from 0) from ``source`` (in ``lane``) stands: ``draws_before``, inverted."""
@@ -144,10 +157,10 @@ class _SourceOrder:
         epoch = self.cycle.draws_before(position, self.number) // self.num_samples
         item = self.cycle.draws_before(position, self.number, lane) - self._dealt(epoch).earlier_draws[lane]
         stretch = self._stretch(epoch, lane)
-        window = int(np.searchsorted(stretch.window_ends, item, side="right"))
+        window = int(stretch.window_ends.searchsorted(item, side="right"))
         start = int(stretch.window_ends[window - 1]) if window else 0
         item = start + int(self._window(stretch, lane, window).shuffled[item - start])
-        piece = int(np.searchsorted(stretch.ends, item, side="right"))
+        piece = int(stretch.ends.searchsorted(item, side="right"))
         before = int(stretch.ends[piece - 1]) if piece else 0
         return Place(
             position, self.number, epoch, int(stretch.shards[piece]), int(stretch.firsts[piece]) + item - before
@@ -162,7 +175,7 @@ class _SourceOrder:
             at = self.cycle.position(draw, self.number, lane)
             epoch = self.cycle.draws_before(at, self.number) // self.num_samples
             stretch, earlier = self._stretch(epoch, lane), self._dealt(epoch).earlier_draws[lane]
-            window = int(np.searchsorted(stretch.window_ends, draw - earlier, side="right"))
+            window = int(stretch.window_ends.searchsorted(draw - earlier, side="right"))
             first = window * self.window_shards
             for shard in stretch.shards[first : first + self.window_shards]:
                 yield Need(at // self.cycle.global_batch, self.number, int(shard))
@@ -182,8 +195,8 @@ class _SourceOrder:
         if known is not None and known.epoch == epoch:
             return known
         start, end = map(int, self._dealt(epoch).starts[lane : lane + 2])
-        first = int(np.searchsorted(self._line_ends, start, side="right"))
-        last = int(np.searchsorted(self._line_ends, end, side="left"))
+        first = int(self._line_ends.searchsorted(start, side="right"))
+        last = int(self._line_ends.searchsorted(end, side="left"))
         pieces = np.arange(first, last + 1 if end > start else first)
         shard_starts = np.concatenate([[0], self._line_ends])[pieces]
         firsts = np.maximum(start, shard_starts)

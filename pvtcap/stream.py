@@ -27,12 +27,12 @@ from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.errors import ShardError
 from pvtcap.loader import Rooms, Work, load
-from pvtcap.order import generator
+from pvtcap.order import Draws
 from pvtcap.readahead import ReadAhead
 from pvtcap.shardformat import FeatureFormat
 from pvtcap.shardset import Sample, ShardReader, ShardSet
 from pvtcap.sources import SourceReader, Sources
-from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
+from pvtcap.text import IGNORE, CaptionTokenizer
 
 _MOST_OPEN = 400  # shards of a ShardSet in one process; the usual limit is 1,024 files, and some shards are two
 _MOST_AHEAD = 64
@@ -59,10 +59,9 @@ class View:
         side_px = self.data.image_px
         return rooms.next(photos * side_px * side_px * 3).view(photos, side_px, side_px, 3).permute(0, 3, 1, 2)
 
-    def collate(self, photos: Tensor, samples: list[Sample], captions: list[list[str]]) -> Batch:
+    def collate(self, photos: Tensor, samples: list[Sample], captions: Sequence[Sequence[str]]) -> Batch:
         """Rows without captions get one, empty, and no labels."""
-        packed = [self.tokenizer.pack(chosen or [""], self.max_tokens) for chosen in captions]
-        rows = pad_rows(packed, self.tokenizer.pad_id)
+        rows = self.tokenizer.pack([chosen or [""] for chosen in captions], self.max_tokens)
         for row, chosen in enumerate(captions):
             if not chosen:
                 rows.labels[row] = IGNORE
@@ -154,7 +153,7 @@ class _TrainBatches(_Batches):
     """Batch ``step * accumulation + turn`` is a micro-batch of one rank, whose slots are neighbours in the order."""
 
     def __init__(self, sources: Sources, view: View, plan: BatchPlan, rank: int, seed: int) -> None:
-        self.view, self.plan, self.seed = view, plan, seed
+        self.view, self.plan, self.draws = view, plan, Draws(seed)
         of_rank = plan.accumulation * plan.micro_batch
         self.slots = range(rank * of_rank, (rank + 1) * of_rank)
         self.order = sources.order(view.data, seed)
@@ -168,12 +167,13 @@ class _TrainBatches(_Batches):
         first = step * self.plan.global_batch + self.slots.start + turn * self.plan.micro_batch
         places = [self.order.place(position) for position in range(first, first + self.plan.micro_batch)]
         photos = self.view.room(self.rooms, len(places), self.reader.features(places[0]))
-        samples, captions, bad = [], [], []
+        samples, bad = [], []
+        captions: list[Sequence[str]] = []
         for place, photo in zip(places, photos, strict=True):
             self.board.begin(self.reader.number(place), fetching=self.reader.is_remote(place))
             where = self.reader.where(place)
             self.board.begin(where)
-            draw = generator(self.seed, place)
+            draw = self.draws.at(place.position)
             sample = self.reader.read(place)
             chosen = self._chosen_captions(sample, draw)
             try:
@@ -185,9 +185,11 @@ class _TrainBatches(_Batches):
             captions.append(chosen)
         return replace(self.view.collate(photos, samples, captions), places=tuple(places), bad=tuple(bad))
 
-    def _chosen_captions(self, sample: Sample, draw: np.random.Generator) -> list[str]:
-        chosen = draw.permutation(len(sample.captions))[: self.view.data.captions_per_photo]
-        return [sample.captions[number] for number in sorted(chosen)]
+    def _chosen_captions(self, sample: Sample, draw: np.random.Generator) -> Sequence[str]:
+        most = self.view.data.captions_per_photo
+        if len(sample.captions) <= most:
+            return sample.captions
+        return [sample.captions[number] for number in sorted(draw.permutation(len(sample.captions))[:most])]
 
     def _show(
         self, sample: Sample, where: str, photo: Tensor, features: FeatureFormat | None, draw: np.random.Generator

@@ -8,6 +8,7 @@ made from the segments in ``decoder``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ _MOST_KNOWN = 100_000  # words remembered: a bound on memory, far above the word
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """All chosen captions of one photo, one after the other; int64 arrays of one length T.
+class PackedRows:
+    """A row for each of B photos, with all its chosen captions one after the other; int64 arrays (B, T).
 
-    ``labels[t]`` is the token that should follow ``tokens[t]``, IGNORE inside the prompt.
+    ``labels[b, t]`` is the token that should follow ``tokens[b, t]``, IGNORE inside the prompt. T is the longest row's;
+    what is behind the others has label IGNORE and a segment of its own, -1.
     """
 
     tokens: NDArray[np.int64]
@@ -89,23 +91,40 @@ class CaptionTokenizer:
     def save(self, path: Path) -> None:
         path.write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
 
-    def pack(self, captions: Sequence[str], max_tokens: int) -> PackedRow:
-        """Pack captions into one row; each is [DEC] prompt words, its labels prompt words [SEP] with the prompt masked.
+    def pack(self, photos: Sequence[Sequence[str]], max_tokens: int) -> PackedRows:
+        """A row of each photo's captions (at least one); each is [DEC] prompt words, its labels prompt words [SEP] with
+        the prompt masked.
 
         A caption longer than ``max_tokens`` (begin token and prompt included) is cut, and then has no [SEP] to learn.
         """
-        tokens: list[int] = []
-        labels: list[int] = []
-        positions: list[int] = []
-        segments: list[int] = []
-        for segment, caption in enumerate(captions):
-            ids = [*self.prefix, *self._ids(caption), self.end_id][: max_tokens + 1]
-            following = [IGNORE if i < len(self.prefix) else token for i, token in enumerate(ids)][1:]
-            tokens += ids[:-1]
-            labels += following
-            positions += range(len(following))
-            segments += [segment] * len(following)
-        return PackedRow(*(np.asarray(column, dtype=np.int64) for column in (tokens, labels, positions, segments)))
+        ids: list[int] = []
+        lengths = []
+        for caption in itertools.chain.from_iterable(photos):
+            caption_ids = [*self.prefix, *self._ids(caption), self.end_id][: max_tokens + 1]
+            lengths.append(len(caption_ids) - 1)
+            ids += caption_ids
+        # All captions at once, for a photo's few words are not worth a call of NumPy's each.
+        captions_of = np.array([len(captions) for captions in photos])
+        of_caption, all_ids = np.array(lengths), np.array(ids, dtype=np.int64)
+        starts = np.cumsum(of_caption) - of_caption
+        positions = np.arange(of_caption.sum()) - np.repeat(starts, of_caption)
+        # A caption has one id more than tokens: each is preceded by as many as there are captions before it.
+        number = np.repeat(np.arange(len(lengths)), of_caption)
+        places = np.arange(len(number)) + number
+        following = np.where(positions < len(self.prefix) - 1, IGNORE, all_ids[places + 1])
+        first_of_photo = np.repeat(np.cumsum(captions_of) - captions_of, captions_of)
+        segments = number - first_of_photo[number]
+        row_lengths = np.bincount(np.repeat(np.arange(len(photos)), captions_of), of_caption, len(photos))
+        used = np.arange(int(row_lengths.max())) < row_lengths[:, None]
+
+        def rows(values: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
+            filled = np.full(used.shape, fill, dtype=np.int64)
+            filled[used] = values
+            return filled
+
+        return PackedRows(
+            rows(all_ids[places], self.pad_id), rows(following, IGNORE), rows(positions, 0), rows(segments, -1)
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words of a generated row: begin token, prompt, padding and all behind [SEP] left out."""
@@ -137,7 +156,11 @@ class CaptionTokenizer:
         # In printable ASCII, words are what BERT's rules make of it: letters and digits, or one sign.
         if not (text.isascii() and text.isprintable()):
             return self._encoded(text)
-        return [piece for word in _WORDS.findall(text.lower()) for piece in self._pieces(word)]
+        ids: list[int] = []
+        known = self._known
+        for word in _WORDS.findall(text.lower()):
+            ids += known.get(word) or self._pieces(word)
+        return ids
 
     def _pieces(self, word: str) -> list[int]:
         if (pieces := self._known.get(word)) is None:
@@ -148,20 +171,6 @@ class CaptionTokenizer:
 
     def _encoded(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def pad_rows(rows: Sequence[PackedRow], pad_id: int) -> PackedRow:
-    """Stack rows to (B, T), T the longest: padding has label IGNORE and a segment of its own, -1."""
-    longest = max(len(row.tokens) for row in rows)
-
-    def stack(name: str, fill: int) -> NDArray[np.int64]:
-        stacked = np.full((len(rows), longest), fill, dtype=np.int64)
-        for place, row in zip(stacked, rows, strict=True):
-            column = getattr(row, name)
-            place[: len(column)] = column
-        return stacked
-
-    return PackedRow(stack("tokens", pad_id), stack("labels", IGNORE), stack("positions", 0), stack("segments", -1))
 
 
 def _bert_pipeline(tokenizer: Tokenizer) -> Tokenizer:

@@ -17,7 +17,7 @@ from pvtcap.decoder import Decoder, Head, packed_mask
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError
 from pvtcap.projection import Projection
-from pvtcap.text import CaptionTokenizer, pad_rows
+from pvtcap.text import CaptionTokenizer
 
 WORDS = ["a", "red", "blue", "green", "large", "small", "circle", "square", "star", "on", "the", "left", "right", "top"]
 TOKENIZER = CaptionTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS], prompt="a")
@@ -28,7 +28,7 @@ CAPTIONS = [
 
 
 def batch(groups: list[list[str]], photos: torch.Tensor) -> Batch:
-    rows = pad_rows([TOKENIZER.pack(group, 20) for group in groups], TOKENIZER.pad_id)
+    rows = TOKENIZER.pack(groups, 20)
     tensors = {name: torch.from_numpy(getattr(rows, name)) for name in ("tokens", "labels", "positions", "segments")}
     return Batch(photos=photos, samples=(), num_captions=sum(map(len, groups)), **tensors)
 
@@ -265,7 +265,7 @@ def test_a_bert_of_transformers_own_gives_the_same_logits() -> None:
         )
     ).eval()  # fmt: skip
     theirs.load_state_dict(decoder.lm.state_dict())
-    row = pad_rows([TOKENIZER.pack(["red circle on the left"], 20)], TOKENIZER.pad_id)
+    row = TOKENIZER.pack([["red circle on the left"]], 20)
     tokens, labels, positions, segments = (
         torch.from_numpy(getattr(row, name)) for name in ("tokens", "labels", "positions", "segments")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvtcap.errors import ConfigError
-from pvtcap.order import Cycle, Order, Place, generator
+from pvtcap.order import Cycle, Draws, Order
 
 sizes_of_a_source = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any)
 
@@ -175,7 +176,11 @@ def test_seeking_far_touches_one_window() -> None:
 
 def test_random_numbers_belong_to_a_position() -> None:
     def draws(seed: int, position: int) -> list[float]:
-        return list(generator(seed, Place(position, source=0, epoch=0, shard=0, sample=0)).random(3))
+        return list(Draws(seed).at(position).random(3))
 
     assert draws(0, 2) == draws(0, 2)
     assert len(np.unique([draws(0, 2), draws(1, 2), draws(0, 3)])) == 9
+    again = pickle.loads(pickle.dumps(Draws(0)))
+    for position in (3, 2, 2):  # in any order, and whatever was drawn before
+        again.at(position).random(dtype=np.float32)
+        assert list(again.at(position).random(3)) == draws(0, position)

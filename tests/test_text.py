@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvtcap.errors import ConfigError
-from pvtcap.text import IGNORE, CaptionTokenizer, pad_rows
+from pvtcap.text import IGNORE, CaptionTokenizer, PackedRows
 
 WORDS = ["a", "picture", "of", "cat", "dog", "##s", "on", "the", "mat", "'", "s", ",", "."]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -20,9 +20,14 @@ def ids(tokenizer: CaptionTokenizer, text: str) -> list[int]:
     return [tokenizer.vocab.index(piece) for piece in text.split()]
 
 
+def only_row(rows: PackedRows) -> PackedRows:
+    """Its arrays without their first dimension."""
+    return PackedRows(*(column for (column,) in (rows.tokens, rows.labels, rows.positions, rows.segments)))
+
+
 def test_a_packed_row_spelled_out() -> None:
     tokenizer = CaptionTokenizer(VOCAB, prompt="a picture of ")
-    row = tokenizer.pack(["Cats", "the dog"], max_tokens=20)
+    row = only_row(tokenizer.pack([["Cats", "the dog"]], max_tokens=20))
     begin, end = tokenizer.begin_id, tokenizer.end_id
     prompt = ids(tokenizer, "a picture of")
     cats, the_dog = ids(tokenizer, "cat ##s"), ids(tokenizer, "the dog")
@@ -35,24 +40,43 @@ def test_a_packed_row_spelled_out() -> None:
 
 def test_a_long_caption_is_cut_and_has_no_end_to_learn() -> None:
     tokenizer = CaptionTokenizer(VOCAB)
-    row = tokenizer.pack(["the cat on the mat"], max_tokens=4)
+    row = only_row(tokenizer.pack([["the cat on the mat"]], max_tokens=4))
     assert row.tokens.tolist() == [tokenizer.begin_id, *ids(tokenizer, "the cat on")]
     assert row.labels.tolist() == ids(tokenizer, "the cat on the")
 
 
 def test_padding_has_no_label_and_a_segment_of_its_own() -> None:
     tokenizer = CaptionTokenizer(VOCAB)
-    rows = pad_rows([tokenizer.pack(["cat"], 9), tokenizer.pack(["the dog on the mat", "a"], 9)], tokenizer.pad_id)
+    rows = tokenizer.pack([["cat"], ["the dog on the mat", "a"]], 9)
     assert rows.tokens.shape == (2, 8)
     assert rows.labels[0].tolist()[2:] == [IGNORE] * 6
     assert rows.segments[0].tolist() == [0, 0, -1, -1, -1, -1, -1, -1]
     assert rows.tokens[0, 2:].tolist() == [tokenizer.pad_id] * 6
 
 
+captions_of_a_photo = st.lists(st.sampled_from(["cat", "dogs", "on the mat", ""]), min_size=1, max_size=4)
+
+
+@given(st.lists(captions_of_a_photo, min_size=1), st.sampled_from(["", "a picture of"]), st.integers(5, 7))
+def test_each_row_of_a_batch_is_the_row_of_its_photo_alone(photos: list[list[str]], prompt: str, longest: int) -> None:
+    tokenizer = CaptionTokenizer(VOCAB, prompt)
+    rows = tokenizer.pack(photos, longest)
+    for number, captions in enumerate(photos):
+        alone = only_row(tokenizer.pack([captions], longest))
+        for name in ("tokens", "labels", "positions", "segments"):
+            row, expected = getattr(rows, name)[number], getattr(alone, name)
+            assert row[: len(expected)].tolist() == expected.tolist()
+        assert set(rows.segments[number, len(alone.tokens) :].tolist()) <= {-1}
+        # And of two captions alone, one behind the other.
+        each = [only_row(tokenizer.pack([[caption]], longest)) for caption in captions]
+        assert alone.labels.tolist() == [label for row in each for label in row.labels.tolist()]
+        assert alone.segments.tolist() == [place for place, row in enumerate(each) for _ in row.tokens]
+
+
 @given(st.lists(st.sampled_from([word for word in WORDS if word.isalpha()]), min_size=1, max_size=12))
 def test_words_come_back(words: list[str]) -> None:
     tokenizer = CaptionTokenizer(VOCAB, prompt="a picture of")
-    row = tokenizer.pack([" ".join(words)], max_tokens=40)
+    row = only_row(tokenizer.pack([[" ".join(words)]], max_tokens=40))
     generated = [*row.tokens.tolist(), tokenizer.end_id, tokenizer.pad_id, tokenizer.begin_id]
     assert tokenizer.decode(generated) == " ".join(words)
 
@@ -64,8 +88,8 @@ def test_a_learned_vocabulary_survives_its_file(tmp_path: Path) -> None:
     again = CaptionTokenizer.from_file(tmp_path / "vocab.txt", prompt="a picture of ")
     assert learned.size <= 82
     assert learned.size == again.size
-    assert learned.pack(captions, 30).tokens.tolist() == again.pack(captions, 30).tokens.tolist()
-    assert "[UNK]" not in learned.decode(learned.pack(["red squares"], 30).tokens.tolist())
+    assert learned.pack([captions], 30).tokens.tolist() == again.pack([captions], 30).tokens.tolist()
+    assert "[UNK]" not in learned.decode(learned.pack([["red squares"]], 30).tokens[0].tolist())
 
 
 def test_a_file_that_is_not_a_vocabulary(tmp_path: Path) -> None:
@@ -81,7 +105,7 @@ def test_words_that_are_remembered_have_the_pieces_that_the_whole_caption_gives_
     tokenizer = CaptionTokenizer(VOCAB)
     expected = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
     for _ in ("found", "remembered"):
-        assert tokenizer.pack([text], 99).tokens.tolist() == [tokenizer.begin_id, *expected]
+        assert tokenizer.pack([[text]], 99).tokens[0].tolist() == [tokenizer.begin_id, *expected]
 
 
 @pytest.mark.skipif(not BERT.is_dir(), reason="shared/data/blip is not here")
@@ -92,7 +116,7 @@ def test_ids_are_those_of_berts_own_tokenizer_and_blips() -> None:
     ours, theirs = CaptionTokenizer.from_file(path, "a picture of "), BertTokenizer(str(path))
     assert (ours.pad_id, ours.end_id, ours.begin_id, ours.size) == (0, 102, 30522, 30524)
     for caption in ("Two young guys with shaggy hair look at their hands.", "A girl's naïve café — déjà vu, isn't it?"):
-        row = ours.pack([caption], 99)
+        row = only_row(ours.pack([[caption]], 99))
         expected = theirs(f"a picture of {caption}")["input_ids"]  # [CLS] … [SEP]
         assert row.tokens.tolist() == [30522, *expected[1:-1]]
         assert row.labels.tolist()[-1] == 102

@@ -223,4 +223,4 @@ def test_the_learned_vocabulary_covers_the_training_captions(tree: dict[str, Any
     tokenizer = make_tokenizer(config, sources)
     for captions in sources.captions():
         for caption in captions:
-            assert tokenizer.decode(tokenizer.pack([caption], 24).tokens.tolist()) == caption
+            assert tokenizer.decode(tokenizer.pack([[caption]], 24).tokens[0].tolist()) == caption
