@@ -57,8 +57,8 @@ class ForkedRanks:
             return ""
         if not line:
             self.__exit__()  # with its ranks; the next call starts another
-        said = self.log.read_text(errors="replace")
-        return f"{line.decode().strip() or f'no end after {timeout_s:.0f} seconds'}\n{said[-12_000:]}"
+        how = line.decode().strip() or ("the server has ended" if answered else f"no end after {timeout_s:.0f} seconds")
+        return f"{how}\n{self.log.read_text(errors='replace')[-12_000:]}"
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._server is None:
