@@ -92,10 +92,11 @@ class CaptionTokenizer:
         path.write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
 
     def pack(self, photos: Sequence[Sequence[str]], max_tokens: int) -> PackedRows:
-        """A row of each photo's captions (at least one); each is [DEC] prompt words, its labels prompt words [SEP] with
+        """A row of each photo's captions; each is [DEC] prompt words, its labels prompt words [SEP] with
         the prompt masked.
 
         A caption longer than ``max_tokens`` (begin token and prompt included) is cut, and then has no [SEP] to learn.
+        Where no photo has any, a token without a label stands in: a rank that has nothing to learn from takes part.
         """
         ids: list[int] = []
         lengths = []
@@ -105,7 +106,7 @@ class CaptionTokenizer:
             ids += caption_ids
         # All captions at once, for a photo's few words are not worth a call of NumPy's each.
         captions_of = np.array([len(captions) for captions in photos])
-        of_caption, all_ids = np.array(lengths), np.array(ids, dtype=np.int64)
+        of_caption, all_ids = np.array(lengths, dtype=np.int64), np.array(ids, dtype=np.int64)
         starts = np.cumsum(of_caption) - of_caption
         positions = np.arange(of_caption.sum()) - np.repeat(starts, of_caption)
         # A caption has one id more than tokens: each is preceded by as many as there are captions before it.
@@ -115,16 +116,19 @@ class CaptionTokenizer:
         first_of_photo = np.repeat(np.cumsum(captions_of) - captions_of, captions_of)
         segments = number - first_of_photo[number]
         row_lengths = np.bincount(np.repeat(np.arange(len(photos)), captions_of), of_caption, len(photos))
-        used = np.arange(int(row_lengths.max())) < row_lengths[:, None]
+        used = np.arange(max(1, int(row_lengths.max()))) < row_lengths[:, None]
 
         def rows(values: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
             filled = np.full(used.shape, fill, dtype=np.int64)
             filled[used] = values
             return filled
 
-        return PackedRows(
+        found = PackedRows(
             rows(all_ids[places], self.pad_id), rows(following, IGNORE), rows(positions, 0), rows(segments, -1)
         )
+        if not lengths:
+            found.segments[0, 0] = 0
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words of a generated row: begin token, prompt, padding and all behind [SEP] left out."""

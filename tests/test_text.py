@@ -73,6 +73,11 @@ def test_each_row_of_a_batch_is_the_row_of_its_photo_alone(photos: list[list[str
         assert alone.segments.tolist() == [place for place, row in enumerate(each) for _ in row.tokens]
 
 
+def test_where_no_photo_has_a_caption_a_token_without_a_label_stands_in() -> None:
+    rows = CaptionTokenizer(VOCAB, "a picture of").pack([[], []], 7)
+    assert (rows.segments.tolist(), rows.labels.tolist()) == ([[0], [-1]], [[IGNORE], [IGNORE]])
+
+
 @given(st.lists(st.sampled_from([word for word in WORDS if word.isalpha()]), min_size=1, max_size=12))
 def test_words_come_back(words: list[str]) -> None:
     tokenizer = CaptionTokenizer(VOCAB, prompt="a picture of")
