@@ -26,6 +26,7 @@ from pvtcap.config import EvaluateConfig, batch_plan
 from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import parameter_groups
+from pvtcap.packing import Packed
 from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
 from pvtcap.text import CaptionTokenizer
@@ -102,7 +103,7 @@ def training(floors: Floors, folder: Path, photos: int) -> None:
     floors.add("projection", lambda: model.projection(shown), FLOAT * size(model.projection))
 
     def decoder(given: Any = patches) -> Any:
-        return model.decoder(given, batch.tokens, batch.labels, batch.positions, batch.segments)
+        return model.decoder(given, Packed.of(batch))
 
     forward_s = floors.add("decoder and loss, forward", decoder, FLOAT * size(model.decoder))
     forward = operations(decoder)

@@ -47,10 +47,12 @@ class Size:
 
     px: int = 384
     batches: tuple[int, ...] = (32, 64, 128, 256, 512)  # photos
+    feature_batches: tuple[int, ...] = (64, 256, 512, 1024, 2048)  # the same of features, which take less memory
     row_each_batches: tuple[int, ...] = (32, 64, 128)  # larger ones are slower (an H200: 64, 178 ms; 256, 1,579 ms)
     one_batch: int = 128  # where sizes are not compared
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
-    data_photos: int = 1024
+    loader_batch: int = 64  # smaller ones, since 16 workers make 49 ahead
+    data_photos: int = 1024  # larger steps see them several times
     warm_up: int = 4
     steps: int = 12
     seconds: float = 4.0  # that the loader and the whole loop are measured, at least
@@ -62,13 +64,12 @@ class Size:
 
 
 QUICK = replace(
-    Size(), batches=(64, 256, 512), row_each_batches=(64,), workers=(4, 16), data_photos=512, one_batch=256, steps=6,
-    seconds=2.0,
+    Size(), batches=(64, 512), feature_batches=(512, 1024, 2048), row_each_batches=(64,), workers=(4, 16),
+    data_photos=512, one_batch=256, steps=6, seconds=2.0,
 )  # fmt: skip
 TOY = Size(
-    px=64, batches=(4, 8), row_each_batches=(4, 8), one_batch=4, workers=(1, 2), data_photos=32, warm_up=1, steps=2,
-    seconds=0.1, product=256,
-    pieces=300, peak=1.0, needs_gpu=False,
+    px=64, batches=(4, 8), feature_batches=(8, 64), row_each_batches=(4, 8), one_batch=4, loader_batch=4,
+    workers=(1, 2), data_photos=32, warm_up=1, steps=2, seconds=0.1, product=256, pieces=300, peak=1.0, needs_gpu=False,
     model={
         "encoder": "pvt_v2_b0", "encoder_stages": 2, "projection": "linear", "decoder_layers": 1, "decoder_width": 32,
         "decoder_heads": 2, "decoder_feedforward": 64, "decoder_positions": 64,
@@ -93,13 +94,14 @@ def parts(size: Size, rows: list[Row]) -> Iterator[Part]:
     making = min(8, cpus)
     prepared = [Contestant("device"), Contestant("shards"), Contestant("features", workers=making)]
     yield Part("data", "data", 150, prepared)
+    ours = {"photos": size.batches, "features": size.feature_batches}
     each = (
-        ("a row each", None, size.row_each_batches),
-        ("packed", None, size.batches),
-        ("engine", 2, size.batches),
+        ("a row each", None, dict.fromkeys(inputs, size.row_each_batches)),
+        ("packed", None, ours),
+        ("engine", 2, ours),
     )
     for loop, stage, batches in each:
-        yield Part(loop, "steps", 75, [Contestant(loop, of, n, stage) for of in inputs for n in batches])
+        yield Part(loop, "steps", 75, [Contestant(loop, of, n, stage) for of in inputs for n in batches[of]])
 
     def whole(of: str, compiled: bool) -> Part:
         fastest = best(rows, loop="engine", input=of)
@@ -121,14 +123,15 @@ def parts(size: Size, rows: list[Row]) -> Iterator[Part]:
         return Part(f"ZeRO-{stage}", "steps", 60, [Contestant("engine", of, one, stage) for of in inputs])
 
     yield of_stage(1)
-    # Features first: photos need the encoder compiled as well.
-    yield Part("engine, compiled", "steps", 150, [fastest_compiled("engine", of, 2) for of in reversed(inputs)])
+    yield Part("engine from features, compiled", "steps", 120, [fastest_compiled("engine", "features", 2)])
     counts = [count for count in size.workers if count <= cpus or count == min(size.workers)]
-    yield Part("loader", "loader", 75, [Contestant("loader", of, one, workers=n) for of in inputs for n in counts])
+    loaders = [Contestant("loader", of, size.loader_batch, workers=n) for of in inputs for n in counts]
+    yield Part("loader", "loader", 75, loaders)
     for of in inputs:
         yield whole(of, compiled=False)
     yield of_stage(0)
     yield of_stage(3)
+    yield Part("engine from photos, compiled", "steps", 150, [fastest_compiled("engine", "photos", 2)])
     yield whole("features", compiled=True)
     yield Part("a row each, compiled", "steps", 120, [fastest_compiled("a row each", of, None) for of in inputs])
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from memory import write_parts
 from torch import Tensor
+from torch.nn import functional
 from train_step import CAPTIONS, RowEach, build, steps_of, unpacked
 
 from pvtcap import dryrun, features
@@ -40,6 +41,7 @@ from pvtcap.monitor import StepStats
 from pvtcap.rankmemory import Sizes, rank_memory
 from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
+from pvtcap.text import IGNORE
 from pvtcap.train import start_engine, train_step
 
 # Words of a caption, as in Flickr30k: 12 and more or fewer, so that rows differ in length and some of each is padding.
@@ -192,8 +194,9 @@ def _planned_gib(config: Config, job: Job, batch: Batch) -> float:
     """What ``pvtcap plan`` would say of this very batch on a GPU."""
     model = dryrun.meta_captioner(config, job.view.tokenizer.size)
     shape = tuple(batch.photos.shape[1:]) if batch.photos.is_floating_point() else None
+    photos, tokens = len(batch.photos), int((batch.segments >= 0).sum())
     step = dryrun.step_bytes(
-        model, len(batch.photos), config.data.image_px, _row_length(batch), batch.num_labels, features=shape
+        model, photos, config.data.image_px, math.ceil(tokens / photos), batch.num_labels, features=shape
     )
     bucket = deepspeed_dict(config, job.plan)["zero_optimization"]["reduce_bucket_size"]
     planned = rank_memory(Sizes.of(model), step, config.zero.stage, config.precision, 1, bucket)
@@ -211,11 +214,30 @@ def _need(config: Config, job: Job, contestant: dict[str, Any]) -> StepFlops:
 
 
 def _batches(part: Part, contestant: dict[str, Any], job: Job, world: World) -> list[Batch]:
-    """Two of the stream's, since rows differ in length."""
-    shown = part.config(contestant).data
+    """Two of the stream's, since rows differ in length; larger ones than there are photos are put together."""
+    photos, most = contestant["photos"], part.size["data_photos"]
+    shown = part.config({**contestant, "photos": min(photos, most)}).data
     view = replace(job.view, data=shown)
     stream = train_batches(Sources.open(shown), view, batch_plan(shown, 1), world, seed=0, first_step=0)
-    return [batch.to(world.device) for batch in itertools.islice(stream, 2)]
+    return [
+        _together([batch.to(world.device) for batch in itertools.islice(stream, max(1, photos // most))])
+        for _ in range(2)
+    ]
+
+
+def _together(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(map(_row_length, batches))
+
+    def rows(name: str, fill: int) -> Tensor:
+        each = [getattr(one, name) for one in batches]
+        return torch.cat([functional.pad(one, (0, longest - one.shape[1]), value=fill) for one in each])
+
+    return Batch(
+        torch.cat([one.photos for one in batches]), rows("tokens", 0), rows("labels", IGNORE), rows("positions", 0),
+        rows("segments", -1), (), sum(one.num_captions for one in batches),
+    )  # fmt: skip
 
 
 StepOf = Callable[[list[Batch]], Callable[[], object]]

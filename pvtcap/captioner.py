@@ -9,6 +9,7 @@ from pvtcap.batch import Batch
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.decoder import Decoder
 from pvtcap.encoder import Encoder
+from pvtcap.packing import Packed
 from pvtcap.projection import Projection
 from pvtcap.text import CaptionTokenizer
 
@@ -27,8 +28,8 @@ class Captioner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of the batch's labels (nats): divide by a count of labels outside."""
-        patches = self.patches(batch.photos)
-        return self.decoder(patches, batch.tokens, batch.labels, batch.positions, batch.segments)  # type: ignore[no-any-return]
+        packed = Packed.of(batch)  # waits, so before all else
+        return self.decoder(self.patches(batch.photos), packed)  # type: ignore[no-any-return]
 
     def patches(self, photos: Tensor) -> Tensor:
         """uint8 photos (B, 3, H, W), or float features of theirs (B, E, h, w) → what the decoder attends to, (B, P, D).

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pvtcap import bertlayers
+from pvtcap.bertlayers import ResidualNorm
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config
-from pvtcap.decoder import packed_mask
+from pvtcap.decoder import Decoder
+from pvtcap.packing import Packed, Rows
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,64 @@ class _FlashAttention(torch.autograd.Function):
         return tuple(torch.empty_like(one) for one in ctx.saved_tensors[:3])
 
 
+class _ResidualNorm(torch.autograd.Function):
+    """``gpuresidual`` keeps the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, residual: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(branch))
+        return torch.empty_like(branch)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return tuple(torch.empty_like(*ctx.saved_tensors) for _ in range(2))
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """``gpuloss`` keeps the logits, and the backward pass makes as many gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_empty(len(logits), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return torch.empty_like(*ctx.saved_tensors)
+
+
 @contextmanager
-def _attention_of_a_gpu() -> Iterator[None]:
-    """On ``meta``, torch would take the attention of a CPU, with all weights, and several times with dropout."""
-    usual = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _FlashAttention.apply(
-        query, key, value
-    )
+def _replaced(of: object, name: str, by: object) -> Iterator[None]:
+    usual = getattr(of, name)
+    setattr(of, name, by)
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = usual
+        setattr(of, name, usual)
+
+
+@contextmanager
+def _kernels_of_a_gpu(decoder: Decoder) -> Iterator[None]:
+    """On ``meta``, torch would take what is there for a CPU: all of attention's weights, float32 logits."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        return _FlashAttention.apply(query, key, value)
+
+    def losses(hidden_MD: Tensor, labels_M: Tensor) -> Any:
+        return _CrossEntropies.apply(decoder.lm.cls(hidden_MD))
+
+    def norm(_: ResidualNorm, branch: Tensor, residual: Tensor, dropout: float) -> Any:
+        return _ResidualNorm.apply(branch, residual)
+
+    with ExitStack() as stack:
+        if next(decoder.parameters()).element_size() > 2:
+            stack.enter_context(_replaced(functional, "scaled_dot_product_attention", attention))
+        else:
+            stack.enter_context(_replaced(bertlayers, "attend_to_caption", attention))
+            stack.enter_context(_replaced(bertlayers, "attend_to_photo", attention))
+            stack.enter_context(_replaced(ResidualNorm, "forward", norm))
+            stack.enter_context(_replaced(decoder, "_losses", losses))
+        yield
 
 
 def meta_captioner(config: Config, vocab_size: int) -> Captioner:
@@ -119,15 +169,15 @@ def step_bytes(
             if features is None
             else torch.empty((photos, *features), dtype=torch.float16)
         )
-        rows = torch.zeros((photos, tokens), dtype=torch.int64)
+        packed = _packed(photos, tokens, labels)
     learning: list[Any] = list(model.trainable().values())  # torch does not type the method
     hooks = [one.register_post_accumulate_grad_hook(lambda made: setattr(made, "grad", None)) for one in learning]
-    known = [*model.parameters(), *model.buffers(), shown, rows]
+    known = [*model.parameters(), *model.buffers(), shown, *_tensors(packed), *_tensors(packed.rows)]
     try:
         with LiveBytes(known) as on_cpu:
-            loss = _loss(model, shown, rows, labels)
-        with LiveBytes(known) as on_gpu, _attention_of_a_gpu():
-            _loss(model, shown, rows, labels).backward()  # type: ignore[no-untyped-call]
+            loss = model.decoder(model.patches(shown), packed)
+        with LiveBytes(known) as on_gpu, _kernels_of_a_gpu(model.decoder):
+            model.decoder(model.patches(shown), packed).backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -135,15 +185,13 @@ def step_bytes(
     return StepBytes(on_cpu.now, on_gpu.peak)
 
 
-def _loss(model: Captioner, shown: Tensor, rows_BT: Tensor, labels: int) -> Tensor:
-    """``Captioner.forward``; but rows are chosen by number, since ``meta`` tensors cannot say which have a label."""
-    hidden_BTD = model.decoder.lm.bert(
-        input_ids=rows_BT,
-        attention_mask=packed_mask(rows_BT),
-        position_ids=rows_BT,
-        encoder_hidden_states=model.patches(shown),
-        use_cache=False,
-    ).last_hidden_state
-    some_N = torch.zeros(labels, dtype=torch.int64, device="meta")
-    logits_NV = model.decoder.lm.cls(hidden_BTD.flatten(0, 1)[some_N])
-    return functional.cross_entropy(logits_NV.float(), some_N, reduction="sum")
+def _packed(photos: int, tokens: int, labels: int) -> Packed:
+    """Full rows; by number, since ``meta`` tensors cannot say what is padding or has a label."""
+    segments_BT = torch.zeros((photos, tokens), dtype=torch.int64)
+    slots_N, labelled_M = (torch.zeros(count, dtype=torch.int64) for count in (photos * tokens, labels))
+    rows = Rows.of(segments_BT, slots_N)
+    return Packed(slots_N[None], slots_N[None], rows, labelled_M, labelled_M, labelled_M)
+
+
+def _tensors(of: Packed | Rows) -> Iterator[Tensor]:
+    return (one for one in vars(of).values() if isinstance(one, Tensor))

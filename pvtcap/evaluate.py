@@ -31,6 +31,7 @@ from pvtcap.config import Config, EvaluateConfig
 from pvtcap.dist import World
 from pvtcap.errors import EvaluationError, ShardError
 from pvtcap.evalparts import Captioned, Part, Parts
+from pvtcap.packing import Packed
 from pvtcap.scoretable import SCORES
 from pvtcap.scoring import SHEET, WORST
 from pvtcap.shardset import ShardSet
@@ -226,9 +227,9 @@ def _captioned(
         if batch.samples:
             on_device = batch.to(world.device)
             with torch.inference_mode():
+                packed = Packed.of(on_device)
                 patches = model.patches(on_device.photos)
-                tensors = on_device.tokens, on_device.labels, on_device.positions, on_device.segments
-                loss_sum, num_labels = float(model.decoder(patches, *tensors)), batch.num_labels
+                loss_sum, num_labels = float(model.decoder(patches, packed)), batch.num_labels
             torch.manual_seed(config.run.seed * 1_000_003 + number)  # sampling depends on the batch, not on the rank
             captions = model.caption_patches(patches, tokenizer, how)
         captioned = (

@@ -68,8 +68,9 @@ KNOWN = (
             "no such file or directory: 'c++'",
             "no such file or directory: 'g++'",
             "python.h: no such file",
+            "failed to find c compiler",  # Triton's; the others are DeepSpeed's
         ),
-        "DeepSpeed could not compile what it needs",
+        "DeepSpeed or Triton could not compile what it needs",
         "Install g++ and Python's headers (Debian, Ubuntu: apt install g++ python3-dev); 'pvtcap doctor' tries it.",
     ),
     Known(

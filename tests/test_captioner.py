@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from transformers import BertConfig, BertLMHeadModel
 
 from pvtcap import encoder
 from pvtcap.batch import Batch
+from pvtcap.bertlayers import Head
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, EvaluateConfig, ModelConfig
 from pvtcap.configfile import parse
-from pvtcap.decoder import Decoder, Head, packed_mask
+from pvtcap.decoder import Decoder
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError
+from pvtcap.packing import Packed, packed_mask
 from pvtcap.projection import Projection
 from pvtcap.text import CaptionTokenizer
 
@@ -86,7 +89,7 @@ def test_a_caption_changed_in_a_row_changes_no_other_captions_loss(tree: dict[st
         both = batch([["red circle", second]], photos[:1])
         labels = both.labels.clone()
         labels[both.segments != 0] = -100
-        return float(model.decoder(model.patches(both.photos), both.tokens, labels, both.positions, both.segments))
+        return float(model(replace(both, labels=labels)))
 
     assert first_caption_alone("blue star on the left") == first_caption_alone("green star on the left")
     # The photo, on the other hand, matters.
@@ -265,13 +268,10 @@ def test_a_bert_of_transformers_own_gives_the_same_logits() -> None:
         )
     ).eval()  # fmt: skip
     theirs.load_state_dict(decoder.lm.state_dict())
-    row = TOKENIZER.pack([["red circle on the left"]], 20)
-    tokens, labels, positions, segments = (
-        torch.from_numpy(getattr(row, name)) for name in ("tokens", "labels", "positions", "segments")
-    )
+    one = batch([["red circle on the left"]], torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     patches = torch.rand(1, 4, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = decoder(patches, tokens, labels, positions, segments)
-        logits = theirs(input_ids=tokens, encoder_hidden_states=patches).logits
-    expected = torch.nn.functional.cross_entropy(logits[0], labels[0], ignore_index=-100, reduction="sum")
+        ours = decoder(patches, Packed.of(one))
+        logits = theirs(input_ids=one.tokens, encoder_hidden_states=patches).logits
+    expected = torch.nn.functional.cross_entropy(logits[0], one.labels[0], ignore_index=-100, reduction="sum")
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ from featuresets import ALONE, frozen_tree, make, save_encoder
 from test_engine import merged, plain, stages
 from test_train import logged, losses, run_and_go_on
 
-from pvtcap import doctor
+from pvtcap import doctor, packing
 from pvtcap import train as training
 from pvtcap.captioner import Captioner
 from pvtcap.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from pvtcap.dist import World
 from pvtcap.errors import MachineError
 from pvtcap.featureformat import decode
 from pvtcap.libraryerrors import explaining
+from pvtcap.packing import Rows
 from pvtcap.shardset import ShardReader, ShardSet
 from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
@@ -80,6 +81,62 @@ def test_the_vocabulary_is_widened_in_training_alone_and_the_losses_stay() -> No
         losses.append(decoder._cross_entropies(hidden, labels).detach())
     assert columns == [30_528, 30_522]
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_give_what_torch_gives(dtype: torch.dtype) -> None:
+    """In 16 bits, of a row longer than a program's tile, one of three tokens, and of three captions."""
+    from gpukernels import ours_of  # needs Triton
+
+    from pvtcap import gpuloss, gpuresidual
+
+    segments = torch.full((3, 94), -1, device="cuda")
+    for row, lengths in zip(segments, ([4, 60, 30], [3], [7, 1, 9]), strict=True):
+        row[: sum(lengths)] = torch.arange(len(lengths), device="cuda").repeat_interleave(
+            torch.tensor(lengths, device="cuda")
+        )
+    rows = Rows.of(segments, (segments.flatten() >= 0).nonzero().squeeze(1))
+    count, heads, width, patches = len(rows.slots_N), 12, 64, 144
+    torch.manual_seed(0)
+    tokens = [torch.randn(count, heads, width, device="cuda", dtype=dtype) for _ in range(3)]
+    photos = [torch.randn(3, patches, heads, width, device="cuda", dtype=dtype) for _ in range(2)]
+    norm = torch.nn.LayerNorm(heads * width).to("cuda", dtype)
+    branch, residual = (one.view(1, count, -1) for one in tokens[:2])
+    asked = torch.randn(count, heads, width, device="cuda", dtype=dtype)
+
+    def found(attend: Any, given: list[torch.Tensor], kernels: bool) -> list[torch.Tensor]:
+        learning = [(one if kernels else one.float()).detach().requires_grad_() for one in given]
+        attended = attend(*learning)
+        gradients = torch.autograd.grad(attended, learning, asked.view(attended.shape).to(attended.dtype))
+        return [attended.detach(), *gradients]
+
+    def normed(branch: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(branch + residual, norm.normalized_shape)
+
+    for ours, theirs, given in (
+        (ours_of("caption"), packing.attend_to_caption, tokens),
+        (ours_of("photo"), packing.attend_to_photo, [tokens[0], *photos]),
+    ):
+        compare(found(lambda *three, run=ours: run(*three, rows, 0.0), given, True),
+                found(lambda *three, run=theirs: run(*three, rows, 0.0), given, False))  # fmt: skip
+    given = [branch, residual]
+    compare(found(lambda *two: gpuresidual.add_and_norm(*two, norm, 0.0), given, True), found(normed, given, False))
+    logits, labels = 3 * torch.randn(64, 30_528, device="cuda", dtype=dtype), torch.arange(64, device="cuda") * 400
+    for smoothing in (0.0, 0.1):
+        learning = [one.detach().requires_grad_() for one in (logits, logits.float())]
+        losses = [
+            gpuloss.cross_entropies(learning[0], labels, 30_522, smoothing),
+            torch.nn.functional.cross_entropy(
+                learning[1][:, :30_522], labels, reduction="none", label_smoothing=smoothing
+            ),
+        ]
+        compare(*([loss.detach(), *torch.autograd.grad(loss.sum(), [given])]
+                  for loss, given in zip(losses, learning, strict=True)))  # fmt: skip
+
+
+def compare(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.02, atol=0.01 * float(other.abs().max()))
 
 
 def test_every_stage_and_precision_learns_the_same(world: World, plain: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def test_no_compiler(tmp_path: Path, tree: dict[str, Any]) -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-3000:]
     line = one_line(done.stderr)
-    assert "DeepSpeed could not compile what it needs" in line
+    assert "DeepSpeed or Triton could not compile what it needs" in line
     assert f"{tree['run']['dir']}/errors/" in line
     assert "load_cpu_communication" in kept_trace(line)
 

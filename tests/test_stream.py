@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from pvtcap import pixels
 from pvtcap.batch import Batch
+from pvtcap.captioner import Captioner
 from pvtcap.config import Config, SourceConfig, batch_plan
 from pvtcap.dist import World
 from pvtcap.errors import ShardError
+from pvtcap.packing import Packed
 from pvtcap.shardset import ShardSet
 from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches, whole_batches
@@ -216,6 +218,24 @@ def damaged(shapes: Path, folder: Path, index: int) -> tuple[Path, str]:
     raw[offset : offset + size] = bytes(size)  # the same size, so only reading it can tell
     tar.write_bytes(raw)
     return tar, of_shard.keys[index]
+
+
+def test_a_micro_batch_of_a_bad_photo_alone_is_one_token_without_a_label(
+    shapes: Path, config: Config, tmp_path: Path
+) -> None:
+    damaged(shapes, tmp_path / "damaged", 5)
+    seen = view(tmp_path / "damaged", config, micro_batch=1)
+    plan = batch_plan(seen[1].data, 1)
+    epoch = itertools.islice(train_batches(*seen, plan, rank(0, 1), seed=0, first_step=0), 48)
+    (alone,) = [batch for batch in epoch if batch.bad]
+    assert (len(alone.photos), alone.num_captions, alone.num_labels) == (1, 0, 0)
+    assert Packed.of(alone).tokens_1N.shape == (1, 1)
+    model = Captioner(config, seen[1].tokenizer.size).train()
+    loss = model(alone)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    gradients = [parameter.grad for parameter in model.trainable().values()]
+    assert gradients and all(one is not None and not one.any() for one in gradients)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

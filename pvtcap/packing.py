@@ -1,0 +1,159 @@
+"""Packed rows without their padding, and the attention of their tokens.
+
+The stream pads the captions of each photo to the batch's longest row. All that a decoder does with a token by itself,
+which is nearly all that it does, is done here for the N tokens that there are, one behind the other; only attention
+has to know of rows.
+
+Shapes: B photos, T tokens of the longest row, N tokens in all, P patches, D width, H heads of width d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pvtcap.batch import Batch
+from pvtcap.text import IGNORE
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each of N tokens stands in B rows of T."""
+
+    slots_N: Tensor
+    """int64: its number among the B T places of padded rows."""
+    mask_B1TT: Tensor
+    """bool: ``packed_mask`` of the padded rows."""
+    firsts_N: Tensor
+    """int32: the number of the first token of its caption."""
+    starts: Tensor
+    """int32 (B + 1): the number of each row's first token, and N."""
+
+    @classmethod
+    def of(cls, segments_BT: Tensor, slots_N: Tensor) -> Self:
+        """``segments_BT`` are -1 in padding; ``slots_N`` the places that are not."""
+        length, device = segments_BT.shape[1], segments_BT.device
+        numbers_N = torch.arange(len(slots_N), device=device)
+        used_B = (segments_BT >= 0).sum(1)
+        starts = functional.pad(used_B.cumsum(0), (1, 0))
+        segments_N = segments_BT.flatten()[slots_N]
+        rows_N = slots_N // length
+        begins_N = functional.pad((rows_N[1:] != rows_N[:-1]) | (segments_N[1:] != segments_N[:-1]), (1, 0), value=True)
+        firsts_N = torch.where(begins_N, numbers_N, 0).cummax(0).values
+        return cls(
+            slots_N,
+            packed_mask(segments_BT),
+            firsts_N.int(),
+            starts.int(),
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch's N tokens, their positions within their captions (both (1, N)), and what is to be predicted."""
+
+    tokens_1N: Tensor
+    positions_1N: Tensor
+    rows: Rows
+    labelled_M: Tensor
+    """The numbers of the M tokens that have a label."""
+    labels_M: Tensor
+    row_of_label_M: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        """On a GPU this waits for what is still being computed there."""
+        slots_N = (batch.segments.flatten() >= 0).nonzero().squeeze(1)
+        labels_N = batch.labels.flatten()[slots_N]
+        labelled_M = (labels_N != IGNORE).nonzero().squeeze(1)
+        return cls(
+            batch.tokens.flatten()[slots_N][None],
+            batch.positions.flatten()[slots_N][None],
+            Rows.of(batch.segments, slots_N),
+            labelled_M,
+            labels_N[labelled_M],
+            slots_N[labelled_M] // batch.segments.shape[1],
+        )
+
+
+def packed_mask(segments_BT: Tensor) -> Tensor:
+    """True (B, 1, T, T) where a token may look: at itself and before it, within its own caption.
+
+    Padding has a segment of its own and so always sees itself: a row without any True would make attention NaN.
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    length = segments_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
+    return (same_BTT & causal_TT)[:, None]
+
+
+def has_kernels(states: Tensor, head_width: int = 64) -> bool:
+    """Whether kernels of ours may take them: in 16 bits, on a GPU of Ampere's generation or a later one."""
+    fits = states.is_cuda and states.element_size() == 2 and head_width in (16, 32, 64, 128)
+    return fits and _runs_triton(states.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_triton(device: torch.device) -> bool:
+    """Triton comes with torch where that is built for CUDA."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend_to_caption(query_NHd: Tensor, key_NHd: Tensor, value_NHd: Tensor, rows: Rows, dropout: float) -> Tensor:
+    """Each token to its caption up to itself: (N, H, d). ``gpuattention.to_caption`` is quicker."""
+    query, key, value = (_padded(one, rows) for one in (query_NHd, key_NHd, value_NHd))
+    return _unpadded(
+        functional.scaled_dot_product_attention(query, key, value, rows.mask_B1TT, dropout_p=dropout), rows
+    )
+
+
+def attend_to_photo(query_NHd: Tensor, key_BPHd: Tensor, value_BPHd: Tensor, rows: Rows, dropout: float) -> Tensor:
+    """Each token to all patches of its photo: (N, H, d). ``gpuattention.to_photo`` is quicker."""
+    query, key, value = _padded(query_NHd, rows), key_BPHd.transpose(1, 2), value_BPHd.transpose(1, 2)
+    return _unpadded(functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout), rows)
+
+
+def _padded(states_NHd: Tensor, rows: Rows) -> Tensor:
+    """(B, H, T, d), with zeros in padding."""
+    batch, _, _, length = rows.mask_B1TT.shape
+    padded: Tensor = _Pad.apply(states_NHd, rows.slots_N, batch * length)
+    return padded.view(batch, length, *states_NHd.shape[1:]).transpose(1, 2)
+
+
+def _unpadded(states_BHTd: Tensor, rows: Rows) -> Tensor:
+    """(N, H, d)."""
+    unpadded: Tensor = _Unpad.apply(states_BHTd.transpose(1, 2).flatten(0, 1), rows.slots_N)
+    return unpadded
+
+
+# Each is the other's backward pass. Autograd's own for indexing adds up place by place, as a number could come twice.
+def _spread(states: Tensor, numbers: Tensor, places: int) -> Tensor:
+    return states.new_zeros((places, *states.shape[1:])).index_copy(0, numbers, states)
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, numbers: Tensor, places: int) -> Tensor:
+        ctx.save_for_backward(numbers)
+        return _spread(states, numbers, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, numbers: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers)
+        ctx.places = len(states)
+        return states.index_select(0, numbers)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _spread(gradients[0], ctx.saved_tensors[0], ctx.places), None
