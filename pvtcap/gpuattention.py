@@ -23,7 +23,6 @@ from triton import language as tl
 from pvtcap import gpudropout
 from pvtcap.gpudropout import kept, row_bits
 
-WIDTHS = (16, 32, 64, 128)  # of a head, that the kernels take
 # The quickest tiles for heads of 64 on one H200, of those with 16 to 128 queries and keys (benchmarks/LOG.md).
 FORWARD = {"num_queries": 64, "num_keys": 32, "num_warps": 4, "num_stages": 3}
 BACKWARD_QUERIES = {"num_queries": 64, "num_keys": 32, "num_warps": 4, "num_stages": 3}

@@ -92,9 +92,12 @@ def packed_mask(segments_BT: Tensor) -> Tensor:
     return (same_BTT & causal_TT)[:, None]
 
 
-def has_kernels(states: Tensor, head_width: int = 64) -> bool:
-    """Whether kernels of ours may take them: in 16 bits, on a GPU of Ampere's generation or a later one."""
-    fits = states.is_cuda and states.element_size() == 2 and head_width in (16, 32, 64, 128)
+def has_kernels(states: Tensor, head_width: int | None = None) -> bool:
+    """Whether kernels of ours may take them: in 16 bits, on a GPU of Ampere's generation or a later one.
+
+    Attention's want heads of certain widths; the others do not care.
+    """
+    fits = states.is_cuda and states.element_size() == 2 and head_width in (None, 16, 32, 64, 128)
     return fits and _runs_triton(states.device)
 
 

@@ -1,4 +1,4 @@
-"""pytest tests/test_gpukernels.py: the kernels for GPUs, interpreted; test_gpu.py has it on one."""
+"""pytest tests/test_gpukernels.py: the kernels for GPUs, interpreted; test_gpu.py has them on one."""
 
 from __future__ import annotations
 
