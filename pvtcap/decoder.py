@@ -77,7 +77,10 @@ class Decoder(nn.Module):
             enable({"use_reentrant": False})
         self._compiled = compiled
         if compiled:
-            self.lm.bert.compile()
+            # One graph for all layers: they are alike, so what is compiled for the first serves the others.
+            for layer in self.lm.bert.encoder.layer:
+                layer.compile()
+            self.lm.bert.embeddings.register_forward_hook(lambda *call: self._differs(call[-1], 1))
             self._losses = torch.compile(self._cross_entropies)
 
     def cross_attention_parameters(self) -> list[nn.Parameter]:
@@ -86,15 +89,13 @@ class Decoder(nn.Module):
 
     def forward(self, patches_BPD: Tensor, packed: Packed) -> Tensor:
         """Sum, not mean, of the cross-entropies (nats, float32) of all M labelled tokens. Smoothed only in training."""
-        rows, types_1N = packed.rows, torch.zeros_like(packed.tokens_1N)
-        for of_tokens_1N in (packed.tokens_1N, packed.positions_1N, types_1N):
-            self._differs(of_tokens_1N, 1)
+        rows = packed.rows
         self._differs(rows.slots_N, 0)
         self._differs(rows.firsts_N, 0)
         self._differs(rows.mask_B1TT, 2, 3)
         hidden_ND = self.lm.bert(
             input_ids=packed.tokens_1N,
-            token_type_ids=types_1N,
+            token_type_ids=torch.zeros_like(packed.tokens_1N),
             position_ids=packed.positions_1N,
             # Attention looks at ``rows`` instead. A mask of four dimensions keeps BERT from making one of N × N.
             attention_mask=rows.mask_B1TT,

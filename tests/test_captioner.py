@@ -81,6 +81,22 @@ def test_a_token_sees_its_own_caption_up_to_itself_and_padding_sees_something() 
     assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
+@pytest.mark.long  # two graphs are compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, of looking at what it compiles
+def test_what_is_compiled_for_one_layer_and_length_serves_all(tree: dict[str, Any], photos: torch.Tensor) -> None:
+    batches = [batch(CAPTIONS, photos), batch([["red circle", "star"], ["blue"]], photos)]
+    usual, compiled = (model_of(tree, model={"dropout": 0.0, "decoder_layers": 3}) for _ in range(2))
+    compiled.decoder.prepare_training(checkpointing=False, compiled=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for one in batches:
+        loss, gradients = loss_and_gradients(compiled, [one])
+        expected_loss, expected = loss_and_gradients(usual, [one])
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and the losses
+
+
 def test_a_caption_changed_in_a_row_changes_no_other_captions_loss(tree: dict[str, Any], photos: torch.Tensor) -> None:
     model = model_of(tree).eval()
 
