@@ -22,7 +22,7 @@ from transformers.models.bert.modeling_bert import (
     BertSelfOutput,
 )
 
-from pvtcap.packing import Rows, attend_to_caption, attend_to_photo, has_kernels
+from pvtcap.packing import Rows, attend_to_caption, attend_to_photo, draws_masks, dropout_mask, has_kernels
 
 # transformers 5.24 changed its name.
 CACHE = "cache" if "cache" in inspect.signature(BertModel.forward).parameters else "past_key_values"
@@ -118,6 +118,8 @@ class ResidualNorm(nn.LayerNorm):
             from pvtcap import gpuresidual
 
             return gpuresidual.add_and_norm(branch, residual, self, dropout)
+        if draws_masks(branch, dropout):
+            return super().forward(torch.addcmul(residual, branch, dropout_mask(branch, dropout)))
         return super().forward(functional.dropout(branch, dropout) + residual)
 
 

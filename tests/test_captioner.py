@@ -18,7 +18,7 @@ from pvtcap.configfile import parse
 from pvtcap.decoder import Decoder
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError
-from pvtcap.packing import Packed, packed_mask
+from pvtcap.packing import Packed, attend_to_caption, attend_to_photo, dropout_mask, packed_mask
 from pvtcap.projection import Projection
 from pvtcap.text import CaptionTokenizer
 
@@ -95,6 +95,40 @@ def test_what_is_compiled_for_one_layer_and_length_serves_all(tree: dict[str, An
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and the losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_cpus_drops_that_share_and_enlarges_the_rest(dtype: torch.dtype) -> None:
+    states = torch.ones((999, 101), dtype=dtype)  # no multiple of four
+    torch.manual_seed(3)
+    mask = dropout_mask(states, 0.1)
+    zeros = mask == 0
+    assert mask.dtype == dtype
+    assert zeros.sum().item() == pytest.approx(0.1 * states.numel(), rel=0.05)  # 5 %: five standard deviations
+    assert mask[~zeros].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4 if dtype == torch.float32 else 4e-3)
+    # Of pairs of neighbours, in a row and in a column, a hundredth: nothing within a word of four is alike.
+    for step in ((0, 1), (0, 2), (0, 3), (1, 0)):
+        both = zeros[: 999 - step[0], : 101 - step[1]] & zeros[step[0] :, step[1] :]
+        assert both.float().mean().item() == pytest.approx(0.01, rel=0.2)
+    torch.manual_seed(3)
+    assert torch.equal(dropout_mask(states, 0.1), mask)
+
+
+def test_attention_with_dropout_on_cpus_is_torchs_but_for_the_weights_that_are_dropped() -> None:
+    rows = Packed.of(batch([["red circle on the left", "star"]], torch.zeros(1, 3, 32, 32, dtype=torch.uint8))).rows
+    count = len(rows.slots_N)
+    torch.manual_seed(1)
+    query, key = torch.randn(2, count, 2, count)
+    weights_of = torch.eye(count)[:, None].expand(-1, 2, -1)  # as values: what is attended are the weights
+    shown = key[None], weights_of[None].contiguous()
+    for attend, others in ((attend_to_caption, (key, weights_of)), (attend_to_photo, shown)):
+        usual = attend(query, *others, rows, 0.0)
+        dropped = attend(query, *others, rows, 0.25)
+        stays = dropped != 0
+        torch.testing.assert_close(dropped[stays], usual[stays] / 0.75)
+        seen = usual != 0
+        assert not (stays & ~seen).any()
+        assert 0 < (seen & ~stays).sum() < seen.sum()
 
 
 def test_a_caption_changed_in_a_row_changes_no_other_captions_loss(tree: dict[str, Any], photos: torch.Tensor) -> None:
