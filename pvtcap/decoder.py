@@ -93,6 +93,8 @@ class Decoder(nn.Module):
         self._differs(rows.slots_N, 0)
         self._differs(rows.firsts_N, 0)
         self._differs(rows.mask_B1TT, 2, 3)
+        self._differs(rows.numbers_BT, 1)
+        self._differs(rows.padding_BT, 1)
         hidden_ND = self.lm.bert(
             input_ids=packed.tokens_1N,
             token_type_ids=torch.zeros_like(packed.tokens_1N),

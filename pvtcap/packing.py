@@ -30,6 +30,10 @@ class Rows:
     """int64: its number among the B T places of padded rows."""
     mask_B1TT: Tensor
     """bool: ``packed_mask`` of the padded rows."""
+    numbers_BT: Tensor
+    """int64: which token each of those places has; 0 in padding, as good as any other there."""
+    padding_BT: Tensor
+    """bool."""
     firsts_N: Tensor
     """int32: the number of the first token of its caption."""
     starts: Tensor
@@ -39,8 +43,10 @@ class Rows:
     def of(cls, segments_BT: Tensor, slots_N: Tensor) -> Self:
         """``segments_BT`` are -1 in padding; ``slots_N`` the places that are not."""
         length, device = segments_BT.shape[1], segments_BT.device
+        padding_BT = segments_BT < 0
         numbers_N = torch.arange(len(slots_N), device=device)
-        used_B = (segments_BT >= 0).sum(1)
+        numbers_BT = torch.zeros_like(segments_BT).flatten().index_copy_(0, slots_N, numbers_N).view(segments_BT.shape)
+        used_B = length - padding_BT.sum(1)
         starts = functional.pad(used_B.cumsum(0), (1, 0))
         segments_N = segments_BT.flatten()[slots_N]
         rows_N = slots_N // length
@@ -49,6 +55,8 @@ class Rows:
         return cls(
             slots_N,
             packed_mask(segments_BT),
+            numbers_BT,
+            padding_BT,
             firsts_N.int(),
             starts.int(),
         )
@@ -110,14 +118,16 @@ def _runs_triton(device: torch.device) -> bool:
 
 def attend_to_caption(query_NHd: Tensor, key_NHd: Tensor, value_NHd: Tensor, rows: Rows, dropout: float) -> Tensor:
     """Each token to its caption up to itself: (N, H, d). ``gpuattention.to_caption`` is quicker."""
-    query, key, value = (_padded(one, rows) for one in (query_NHd, key_NHd, value_NHd))
-    return _unpadded(_attention(query, key, value, rows.mask_B1TT, dropout), rows)
+    places = _Places.of(rows, query_NHd.shape[1])
+    query, key, value = (_padded(one, places) for one in (query_NHd, key_NHd, value_NHd))
+    return _unpadded(_attention(query, key, value, rows.mask_B1TT, dropout), places)
 
 
 def attend_to_photo(query_NHd: Tensor, key_BPHd: Tensor, value_BPHd: Tensor, rows: Rows, dropout: float) -> Tensor:
     """Each token to all patches of its photo: (N, H, d). ``gpuattention.to_photo`` is quicker."""
-    query, key, value = _padded(query_NHd, rows), key_BPHd.transpose(1, 2), value_BPHd.transpose(1, 2)
-    return _unpadded(_attention(query, key, value, None, dropout), rows)
+    places = _Places.of(rows, query_NHd.shape[1])
+    key, value = (of_photos.transpose(1, 2) for of_photos in (key_BPHd, value_BPHd))
+    return _unpadded(_attention(_padded(query_NHd, places), key, value, None, dropout), places)
 
 
 def draws_masks(states: Tensor, dropout: float) -> bool:
@@ -149,42 +159,60 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, d
     return (weights * dropout_mask(weights, dropout)) @ value
 
 
-def _padded(states_NHd: Tensor, rows: Rows) -> Tensor:
-    """(B, H, T, d), with zeros in padding."""
-    batch, _, _, length = rows.mask_B1TT.shape
-    padded: Tensor = _Pad.apply(states_NHd, rows.slots_N, batch * length)
-    return padded.view(batch, length, *states_NHd.shape[1:]).transpose(1, 2)
+@dataclass(frozen=True)
+class _Places:
+    """Which row of (N H, d) belongs to which of (B H T, d), and the other way around."""
+
+    of_BHT: Tensor
+    of_NH: Tensor
+    padding_B1T1: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, heads: int) -> Self:
+        length = rows.numbers_BT.shape[1]
+        heads_H = torch.arange(heads, device=rows.slots_N.device)
+        rows_N, turns_N = rows.slots_N // length, rows.slots_N % length
+        of_NH = (rows_N[:, None] * heads + heads_H) * length + turns_N[:, None]
+        return cls(rows.numbers_BT[:, None] * heads + heads_H[:, None], of_NH, rows.padding_BT[:, None, :, None])
 
 
-def _unpadded(states_BHTd: Tensor, rows: Rows) -> Tensor:
+def _padded(states_NHd: Tensor, places: _Places) -> Tensor:
+    """(B, H, T, d). In padding stands what nobody looks at."""
+    padded: Tensor = _Pad.apply(states_NHd, places)
+    return padded
+
+
+def _unpadded(states_BHTd: Tensor, places: _Places) -> Tensor:
     """(N, H, d)."""
-    unpadded: Tensor = _Unpad.apply(states_BHTd.transpose(1, 2).flatten(0, 1), rows.slots_N)
+    unpadded: Tensor = _Unpad.apply(states_BHTd, places)
     return unpadded
 
 
 # Each is the other's backward pass. Autograd's own for indexing adds up place by place, as a number could come twice.
-def _spread(states: Tensor, numbers: Tensor, places: int) -> Tensor:
-    return states.new_zeros((places, *states.shape[1:])).index_copy(0, numbers, states)
+def _rows(states: Tensor, numbers: Tensor) -> Tensor:
+    rows = states.reshape(-1, states.shape[-1]).index_select(0, numbers.flatten())
+    return rows.view(*numbers.shape, states.shape[-1])
 
 
 class _Pad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, numbers: Tensor, places: int) -> Tensor:
-        ctx.save_for_backward(numbers)
-        return _spread(states, numbers, places)
+    def forward(ctx: Any, states_NHd: Tensor, places: _Places) -> Tensor:
+        ctx.save_for_backward(places.of_NH)
+        return _rows(states_NHd, places.of_BHT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+        return _rows(gradients[0], *ctx.saved_tensors), None
 
 
 class _Unpad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, numbers: Tensor) -> Tensor:
-        ctx.save_for_backward(numbers)
-        ctx.places = len(states)
-        return states.index_select(0, numbers)
+    def forward(ctx: Any, states_BHTd: Tensor, places: _Places) -> Tensor:
+        ctx.save_for_backward(places.of_BHT, places.padding_B1T1)
+        return _rows(states_BHTd, places.of_NH)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _spread(gradients[0], ctx.saved_tensors[0], ctx.places), None
+        of_BHT, padding_B1T1 = ctx.saved_tensors
+        # A photo's keys must not learn from queries that there are not.
+        return _rows(gradients[0], of_BHT).masked_fill_(padding_B1T1, 0), None

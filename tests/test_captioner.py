@@ -18,7 +18,7 @@ from pvtcap.configfile import parse
 from pvtcap.decoder import Decoder
 from pvtcap.encoder import Encoder
 from pvtcap.errors import ConfigError
-from pvtcap.packing import Packed, attend_to_caption, attend_to_photo, dropout_mask, packed_mask
+from pvtcap.packing import Packed, Rows, attend_to_caption, attend_to_photo, dropout_mask, packed_mask
 from pvtcap.projection import Projection
 from pvtcap.text import CaptionTokenizer
 
@@ -112,6 +112,33 @@ def test_dropout_on_cpus_drops_that_share_and_enlarges_the_rest(dtype: torch.dty
         assert both.float().mean().item() == pytest.approx(0.01, rel=0.2)
     torch.manual_seed(3)
     assert torch.equal(dropout_mask(states, 0.1), mask)
+
+
+def test_padding_of_shorter_rows_changes_no_attention_and_no_gradient() -> None:
+    groups = [["red circle on the left", "star"], ["blue"], ["small blue star"]]
+
+    def rows_of(some: list[list[str]]) -> Rows:
+        return Packed.of(batch(some, torch.zeros(len(some), 3, 32, 32, dtype=torch.uint8))).rows
+
+    def attended(of_tokens: torch.Tensor, of_photos: torch.Tensor, rows: Rows) -> list[torch.Tensor]:
+        """Both attentions, and the gradients of all that they take: (N, H, d) and (B, P, H, d)."""
+        weights, *asked = of_tokens.unbind()
+        leaves = [one.clone().requires_grad_() for one in (*asked, *of_photos.unbind())]
+        both = attend_to_caption(*leaves[:3], rows, 0.0), attend_to_photo(leaves[0], *leaves[3:], rows, 0.0)
+        return [*both, *torch.autograd.grad(both, leaves, [weights, weights])]
+
+    rows = rows_of(groups)
+    torch.manual_seed(2)
+    of_tokens = torch.randn(4, len(rows.slots_N), 2, 4, dtype=torch.float64)
+    of_photos = torch.randn(2, len(groups), 5, 2, 4, dtype=torch.float64)
+    sizes = rows.starts.diff().tolist()
+    assert sizes[0] > sizes[2] > sizes[1]
+    alone = [
+        attended(tokens, photo, rows_of([group]))
+        for tokens, photo, group in zip(of_tokens.split(sizes, 1), of_photos.split(1, 1), groups, strict=True)
+    ]
+    for together, parts in zip(attended(of_tokens, of_photos, rows), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(together, torch.cat(parts))
 
 
 def test_attention_with_dropout_on_cpus_is_torchs_but_for_the_weights_that_are_dropped() -> None:
