@@ -15,6 +15,7 @@ Two contestants at a time take turns, each in a process of its own; a step is a 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import subprocess
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from results import Row, report
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
@@ -37,6 +39,7 @@ from pvtcap.captioner import Captioner
 from pvtcap.config import batch_plan
 from pvtcap.configfile import parse
 from pvtcap.dist import World
+from pvtcap.encoder import FeedForward
 from pvtcap.engine import Engine, parameter_groups
 from pvtcap.ledger import Ledger
 from pvtcap.sources import Sources
@@ -90,12 +93,16 @@ def build(folder: Path, photos: int, px: int, lengths: Sequence[int] = (LENGTH,)
 class RowEach(nn.Module):
     """A caption a row, each with its photo, as BLIP's ``forward_decoder`` and its heirs have it.
 
-    Behind encoder and projection of ``ours`` stands transformers' decoder, new and of the same size.
+    Behind the encoder of ``ours``, as timm has it, and its projection stands transformers' decoder, new and of the same
+    size.
     """
 
     def __init__(self, ours: Captioner, dropout: float = 0.0) -> None:
         super().__init__()
-        self.encoder, self.projection = ours.encoder, ours.projection
+        self.encoder, self.projection = copy.deepcopy(ours.encoder), ours.projection
+        for module in self.encoder.modules():
+            if type(module) is FeedForward:
+                module.__class__ = MlpWithDepthwiseConv
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         own = {name: getattr(ours.decoder.lm.config, name) for name in (*sizes, "max_position_embeddings")}
         own |= {"encoder_hidden_size": own["hidden_size"], "is_decoder": True}

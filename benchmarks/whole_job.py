@@ -9,8 +9,9 @@ decoder of the same size, AdamW, learning rates and ZeRO-2 in two processes of o
                   a step as the peer has rows
 
 The peer trains for --minutes; the loss on all captions of the validation photos that it reaches is the goal of the
-others. Time is that of training steps with their waiting for data; validation is left out for both. The peer needs
-accelerate, in an environment that looks for torch where ours is: run.py makes it in environments/accelerate.
+others. With --repeat they take so many turns, each with a goal of its own, and medians are told. Time is that of
+training steps with their waiting for data; validation is left out for both. The peer needs accelerate, in an
+environment that looks for torch where ours is: run.py makes it in environments/accelerate.
 """
 
 from __future__ import annotations
@@ -192,12 +193,14 @@ def by_peer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return dict(json.loads((folder / "peer.json").read_text()))
 
 
-def by_pvtcap(folder: Path, args: argparse.Namespace, captions: int) -> dict[str, Any]:
-    config = folder / f"{captions}.yaml"
-    config.write_text(yaml.safe_dump(tree(folder, args, captions)))
+def by_pvtcap(folder: Path, work: Path, args: argparse.Namespace, captions: int) -> dict[str, Any]:
+    config = work / f"{captions}.yaml"
+    settings = tree(folder, args, captions)
+    settings["run"]["dir"] = str(work / f"run-{captions}")
+    config.write_text(yaml.safe_dump(settings))
     words = [str(ROOT / "launch" / "local.sh"), "train", str(config), f"train.stop_after_minutes={args.minutes}"]
     run(words, RESUME_ME)
-    log = folder / f"run-{captions}" / "log.jsonl"
+    log = work / f"run-{captions}" / "log.jsonl"
     spent, rates, points = 0.0, list[float](), list[Point]()
     for line in map(json.loads, log.read_text().splitlines()):
         if line["kind"] == "train":
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--val-every", type=int, default=10, help="steps")
     parser.add_argument("--minutes", type=float, default=6, help="that each trains")
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--one-rank", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one_rank is not None:
@@ -254,28 +258,40 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build(folder, args)
-        found = {PEER: by_peer(folder, args)}
-        for captions in args.captions:
-            found[f"pvtcap {captions}"] = by_pvtcap(folder, args, captions)
-    goal = min(loss for _, loss in found[PEER]["points"])
+        turns = []
+        for turn in range(args.repeat):
+            work = folder / f"turn-{turn}"
+            work.mkdir()
+            found = {PEER: by_peer(folder, args)}
+            for captions in args.captions:
+                found[f"pvtcap {captions}"] = by_pvtcap(folder, work, args, captions)
+            turns.append(found)
     title = f"{args.rows} captions a step, {args.layers} layers of {args.width}, {args.px} px, two processes"
-    options = {name: getattr(args, name) for name in SHARED}
-    report("whole_job", title, rows_of(found, goal), {"options": options, "goal": goal, "found": found})
+    options = {name: getattr(args, name) for name in (*SHARED, "repeat")}
+    report("whole_job", title, rows_of(turns), {"options": options, "turns": turns})
 
 
-def rows_of(found: dict[str, dict[str, Any]], goal: float) -> list[Row]:
-    theirs = found[PEER]
+def rows_of(turns: list[dict[str, dict[str, Any]]]) -> list[Row]:
+    """Rates are those of all steps of all turns; seconds, a turn's."""
     rows = []
-    for name, one in found.items():
-        if name != PEER:
-            rates = {name: one["captions_per_s"], PEER: theirs["captions_per_s"]}
-            rows.append(Row.of("the whole job", "captions/s", rates, goal=3.5))
-            if (seconds := seconds_to(goal, one["points"])) is None:
-                print(f"{name}: {goal:.3f} not reached, {one['points'][-1][1]:.3f} after {one['points'][-1][0]:.0f} s")
+    for name in [name for name in turns[0] if name != PEER]:
+        rates = {one: [rate for found in turns for rate in found[one]["captions_per_s"]] for one in (name, PEER)}
+        rows.append(Row.of("the whole job", "captions/s", rates, goal=3.5))
+        seconds: dict[str, list[float]] = {name: [], PEER: []}
+        goals = list[float]()
+        for found in turns:
+            points = {one: found[one]["points"] for one in seconds}
+            goals.append(min(loss for _, loss in points[PEER]))
+            took = {one: seconds_to(goals[-1], points[one]) for one in seconds}
+            if took[name] is None:
+                spent, loss = points[name][-1]
+                print(f"{name}: {goals[-1]:.3f} not reached, {loss:.3f} after {spent:.0f} s")
             else:
-                both = {name: [seconds], PEER: [seconds_to(goal, theirs["points"]) or 0.0]}
-                what = f"until val loss {goal:.3f}"
-                rows.append(Row.of(what, "s", both, goal=1 / 0.4, less_is_better=True))
+                for one, value in took.items():
+                    seconds[one].append(value or 0.0)
+        if len(seconds[name]) == len(turns):
+            what = f"until val loss {', '.join(f'{goal:.3f}' for goal in goals)}"
+            rows.append(Row.of(what, "s", seconds, goal=1 / 0.4, less_is_better=True))
     return rows
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from transformers import BertConfig, BertLMHeadModel
 
@@ -193,6 +194,21 @@ def test_parameter_counts_are_those_of_the_published_parts() -> None:
 def test_the_encoders_grid_and_width(name: str, width: int, photos: torch.Tensor) -> None:
     assert Encoder(name).eval()(photos).shape == (2, width, 1, 1)
     assert Encoder(name, stages=2).eval()(photos).shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b1", "pvt_v2_b2_li"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_frozen_encoder_gives_what_timms_gives(name: str, count: int, photos: torch.Tensor) -> None:
+    ours = Encoder(name).eval()
+    theirs = timm.create_model(name, num_classes=0).eval()
+    theirs.load_state_dict(ours.pvt.state_dict())
+    normalised = (photos[:count].float() - ours.mean) / ours.std
+    with torch.no_grad():
+        features, expected = ours(photos[:count]), theirs.forward_features(normalised)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    learning = ours.train()(photos[:count])
+    assert learning.requires_grad
+    torch.testing.assert_close(learning.detach(), expected, rtol=1e-4, atol=1e-5)  # no dropout in it, no drop path
 
 
 def test_an_encoder_that_is_not_one() -> None:
