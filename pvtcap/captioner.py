@@ -25,6 +25,7 @@ class Captioner(nn.Module):
         self.projection = Projection(model.projection, self.encoder.width, model.decoder_width)
         self.decoder = Decoder(model, vocab_size, config.optim.label_smoothing)
         self._freeze(config.train.what.split("+"))
+        self.train()  # modules begin in training mode, a frozen encoder too
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropies of the batch's labels (nats): divide by a count of labels outside."""
