@@ -3,7 +3,8 @@
 DeepSpeed 0.19 takes the norm of each parameter's gradient, of a copy in float64: on CPUs 0.14 of 3.7 s. In 16 bits it
 sums gradients in one flat float32 buffer a group, and adds each to it in two operations: with the norms, on a GPU, four
 kernels a parameter, each launched for itself, 11 ms of 130 (benchmarks/LOG.md). What comes out is the same but for the
-order in which squares are summed.
+order in which squares are summed. On CPUs it gathers the new parameters by gloo's ``all_gather``, which takes longer
+than to reduce the gradients, twice as many bytes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,30 @@ _ROW = 1024
 def taken_at_once(optimizer: Any) -> None:
     """Have this ZeRO optimizer do so; one of another stage or release stays as it is."""
     import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
 
     if deepspeed.__version__.startswith(_BUFFERS) and hasattr(optimizer, "_get_compact_grad_partition_buffer"):
+        if torch.distributed.get_backend() == "gloo":
+            stage_1_and_2.all_gather_dp_groups = _gather_parameters
         at_once = _AtOnce(optimizer)
         optimizer.get_grad_norm_direct = at_once.norm
         optimizer._add_full_reduction_to_compact_grad_partition = at_once.add
+
+
+def _gather_parameters(
+    groups_flat: Any, partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any], *_: Any, **__: Any
+) -> None:
+    """Each rank's part of each group, a view of the whole, to all others: ``all_gather_dp_groups``, by broadcasts."""
+    from deepspeed import comm
+
+    pending = [
+        comm.broadcast(part, torch.distributed.get_global_rank(process_group, rank), group=process_group, async_op=True)
+        for parts, process_group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for rank, part in enumerate(parts)
+        if len(parts) > 1
+    ]
+    for one in pending:
+        one.wait()
 
 
 class _AtOnce:
