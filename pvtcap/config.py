@@ -130,7 +130,7 @@ class ModelConfig(_Section):
     decoder_heads: PositiveInt = 12
     decoder_feedforward: PositiveInt = 3072
     decoder_positions: PositiveInt = Field(512, description="Longest caption the position table holds, in tokens.")
-    dropout: Fraction = Field(0.1, description="In the decoder: hidden states and attention.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="In the decoder: hidden states and attention.")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -140,7 +140,7 @@ def dropout_mask(states: Tensor, dropout: float) -> Tensor:
 
     ``dropout`` is taken to the nearest of 65,536ths, and what stays is enlarged to suit.
     """
-    count, dropped = states.numel(), round(dropout * 2**16)
+    count, dropped = states.numel(), min(round(dropout * 2**16), 2**16 - 1)
     fours = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = fours.view(torch.int16)[:count].view(states.shape)
     mask = torch.empty(states.shape, dtype=states.dtype)

@@ -113,6 +113,7 @@ def test_dropout_on_cpus_drops_that_share_and_enlarges_the_rest(dtype: torch.dty
         assert both.float().mean().item() == pytest.approx(0.01, rel=0.2)
     torch.manual_seed(3)
     assert torch.equal(dropout_mask(states, 0.1), mask)
+    assert dropout_mask(states, 1 - 1e-9).isfinite().all()
 
 
 def test_padding_of_shorter_rows_changes_no_attention_and_no_gradient() -> None:
