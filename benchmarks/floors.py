@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from evaluate import END, PAD, PREFIX, features, our_decoder
 from results import Row, report
-from torch.utils.flop_counter import FlopCounterMode
 from train_step import CAPTIONS, VOCAB, build, configuration, loss_of
 
 from pvtcap.captioner import Captioner
@@ -26,6 +25,7 @@ from pvtcap.config import EvaluateConfig, batch_plan
 from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import parameter_groups
+from pvtcap.flops import counter
 from pvtcap.packing import Packed
 from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
@@ -46,9 +46,9 @@ def seconds(task: Callable[[], object], repeat: int) -> list[float]:
 
 
 def operations(task: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    with counter() as count:
         task()
-    return float(counter.get_total_flops())
+    return float(count.get_total_flops())
 
 
 def product_rate() -> float:

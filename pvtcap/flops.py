@@ -18,11 +18,12 @@ Utilisation is that over the device's peak and the seconds of the step, waiting 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from pvtcap.config import Config
 from pvtcap.encoder import Encoder
@@ -93,6 +94,22 @@ def encoder_flops(config: Config) -> tuple[float, int, int]:
     with torch.device("meta"):
         encoder = Encoder(config.model.encoder, config.model.encoder_stages)
         photo = torch.empty((1, 3, config.data.image_px, config.data.image_px), dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counter() as count, torch.no_grad():
         features = encoder(photo)
-    return float(counter.get_total_flops()), features.shape[1], features.shape[2] * features.shape[3]
+    return float(count.get_total_flops()), features.shape[1], features.shape[2] * features.shape[3]
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter of operations, which by itself knows nothing of those that ``encoder.FeedForward`` joins."""
+    formulas = {"_linear_pointwise": _linear_flops, "_convolution_pointwise": _convolution_flops}
+    known = {getattr(torch.ops.mkldnn, name): of for name, of in formulas.items() if hasattr(torch.ops.mkldnn, name)}
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x_shape) * int(weight_shape[0])
+
+
+def _convolution_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    found: int = conv_flop_count(x_shape, weight_shape, out_shape)
+    return found

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import TRAINABLE
 from pvtcap.configfile import parse
-from pvtcap.flops import StepFlops, encoder_flops, peak_flops
+from pvtcap.flops import StepFlops, counter, encoder_flops, peak_flops
 
 
 @pytest.mark.parametrize("what", [what for what in TRAINABLE if "encoder" not in what])
@@ -29,11 +28,21 @@ def test_a_step_needs_what_torch_counts(tree: dict[str, Any], tmp_path: Any, wha
     labels[:, :2] = -100
     photos = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     batch = Batch(photos, tokens, labels, torch.arange(8).expand(3, -1), torch.ones_like(tokens), (), 3)
-    with FlopCounterMode(display=False) as counter:
+    with counter() as count:
         model(batch).backward()
     ours = StepFlops.of(config, 1000, prompt=2, features=False).total(photos=3, captions=3, labels=18)
     # A first layer has no gradient of its input to compute, and self-attention's small products are not counted.
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.06)
+    assert ours == pytest.approx(count.get_total_flops(), rel=0.06)
+
+
+def test_joined_operations_are_counted_as_those_of_timms(tree: dict[str, Any]) -> None:
+    encoder = Captioner(parse(tree, "test"), 1000).encoder.eval()
+    photos = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    with counter() as usual:
+        encoder(photos)  # with gradients
+    with counter() as joined, torch.no_grad():
+        encoder(photos)
+    assert joined.get_total_flops() == usual.get_total_flops() > 0
 
 
 def test_an_encoder_that_trains_costs_its_backward_pass(tree: dict[str, Any]) -> None:
