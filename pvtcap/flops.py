@@ -107,7 +107,8 @@ def counter() -> FlopCounterMode:
 
 
 def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x_shape) * int(weight_shape[0])
+    found: int = 2 * math.prod(x_shape) * weight_shape[0]
+    return found
 
 
 def _convolution_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
