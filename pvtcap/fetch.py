@@ -30,6 +30,7 @@ from yarl import URL
 
 from pvtcap import __version__
 from pvtcap.addresses import Network, is_allowed
+from pvtcap.certificates import knows_authorities, refused
 from pvtcap.errors import ShardError
 from pvtcap.photo import BadPhoto
 from pvtcap.robots import forbidding_directive
@@ -282,6 +283,10 @@ def _failure(error: Exception) -> FetchFailed:
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
         raise ShardError("too many open files", got=detail, do="Give fewer --connections, or raise 'ulimit -n'.")
+    if (refusal := refused(error)) is not None:
+        if not knows_authorities():
+            raise ShardError("no photo can come over https", got=refusal.why, do=refusal.do)
+        return FetchFailed("certificate", refusal.why)
     match cause:
         case _AddressRefused():
             return FetchFailed("private address", str(cause))
@@ -292,7 +297,7 @@ def _failure(error: Exception) -> FetchFailed:
             return FetchFailed("cannot connect", "timed out")
         case TimeoutError():
             return FetchFailed("timed out", "", 0.0)
-        case ssl.SSLError() | ssl.CertificateError() | aiohttp.ClientConnectorCertificateError():
+        case ssl.SSLError():
             return FetchFailed("TLS", detail)
         case aiohttp.ClientPayloadError():
             return FetchFailed("truncated download", "the connection was closed before its end", 0.0)

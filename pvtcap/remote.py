@@ -6,12 +6,14 @@ What may pass (a reset, a time-out, 429, 500, …) is tried again with growing p
 where the other side can do that. Credentials and options are those of fsspec and of the packages below it: for s3
 ``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` (MinIO, Ceph, R2, …) and ``~/.aws``; for anything
 ``FSSPEC_S3_ANON=true``, ``FSSPEC_HTTP='{"headers": {"Authorization": "Bearer …"}}'`` and their like, or
-``~/.config/fsspec/*.json``. A proxy: ``FSSPEC_HTTP='{"client_kwargs": {"trust_env": true}}'``.
+``~/.config/fsspec/*.json``. A proxy: ``FSSPEC_HTTP='{"client_kwargs": {"trust_env": true}}'``. A private certificate
+authority: ``SSL_CERT_FILE``, for s3 ``AWS_CA_BUNDLE``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import re
 import socket
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
+from pvtcap.certificates import OPENSSL_VARIABLE, refused
 from pvtcap.errors import ShardError
 
 _BLOCK_BYTES = 256 << 10  # of a stream; lost when it breaks off
@@ -37,6 +40,7 @@ _WORDS = {
     "ServerDisconnectedError": "the server closed the connection",
 }
 _PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of pvtcap's extras
+_CA_VARIABLES = {"s3": "AWS_CA_BUNDLE", "s3a": "AWS_CA_BUNDLE"}  # of the others it is OpenSSL's own
 
 Store = Callable[[int, bytes], object]
 
@@ -194,6 +198,7 @@ def _ranges(url: str, offset: int, size_bytes: int | None) -> Iterator[tuple[int
     """From an object store, or anything that fsspec opens: range by range."""
     import fsspec
 
+    _quiet("gcsfs")  # writes tracebacks to stderr of what it raises as well
     filesystem, path = fsspec.core.url_to_fs(url)
     if size_bytes is None:
         yield 0, filesystem.cat_file(path)
@@ -207,12 +212,24 @@ def _ranges(url: str, offset: int, size_bytes: int | None) -> Iterator[tuple[int
             raise _Broken(f"it has {start + len(block):,} bytes, the manifest says {size_bytes:,}", wait_s=None, do=do)
 
 
+def _quiet(name: str) -> None:
+    """Keep a library's log off stderr, unless who runs us wants it."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+
+
 def _broken(url: str, error: Exception) -> _Broken:
     """What went wrong, in words, and whether another try may help. fsspec's parts raise whatever they like."""
     detail = " ".join(str(error).split()).replace(url, shown(url)) or type(error).__name__
     scheme = urlsplit(url).scheme
+    if (refusal := refused(error, _CA_VARIABLES.get(scheme, OPENSSL_VARIABLE))) is not None:
+        return _Broken(refusal.why, wait_s=None, do=refusal.do)
     cause: object = getattr(error, "os_error", error)
     status = getattr(error, "status", None) or getattr(error, "code", None)
+    name = type(error).__name__
+    if isinstance(cause, ssl.SSLError) or name == "SSLError":  # botocore's
+        return _Broken(f"TLS: {detail}", wait_s=None, do="Does that port speak TLS? If not, it is http://.")
     match cause:
         case FileNotFoundError():
             do = "Is it the folder of a complete ShardSet, the one with manifest.json?"
@@ -224,12 +241,12 @@ def _broken(url: str, error: Exception) -> _Broken:
             return _Broken(f"a package for {scheme}:// is missing", wait_s=None, do=do)
         case socket.gaierror() if cause.errno != socket.EAI_AGAIN:
             return _Broken(f"no such host: {urlsplit(url).hostname}", wait_s=None, do="Is the URL right?")
-        case ssl.SSLError() | ssl.CertificateError():
-            return _Broken(f"TLS: {detail}", wait_s=None)
+        case OSError() if detail.startswith("Forbidden:"):  # gcsfs' way to say 403
+            return _Broken(f"access refused: {detail}", wait_s=None, do=_credentials(scheme))
         case ValueError() if "rotocol not known" in detail:
             do = "http, https, s3, gs and what else fsspec opens are known."
             return _Broken(f"unknown protocol {scheme}://", wait_s=None, do=do)
-    if type(error).__name__.endswith("CredentialsError"):
+    if name.endswith("CredentialsError"):
         return _Broken(f"no credentials: {detail}", wait_s=None, do=_credentials(scheme))
     if status in (401, 403):
         return _Broken(f"access refused: HTTP {status}", wait_s=None, do=_credentials(scheme))
@@ -238,7 +255,6 @@ def _broken(url: str, error: Exception) -> _Broken:
     if isinstance(status, int) and status >= 400:
         wait_s = _retry_after_s(error) if status in _WORTH_RETRYING else None
         return _Broken(f"HTTP {status}", wait_s=wait_s)
-    name = type(error).__name__
     return _Broken(_WORDS.get(name) or (name if name == detail else f"{name}: {detail}"))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from forkedranks import ForkedRanks
 
 from pvtcap.config import Config
@@ -29,6 +30,12 @@ def build_shapes(out: Path, split: str, num_samples: int, samples_per_shard: int
     options = [str(part) for pair in words.items() for part in pair]
     main([*options, "--image-px", "32", "--processes", "1", "--out", str(out)])
     return out
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """A certificate authority that nobody trusts unless told to."""
+    return trustme.CA()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

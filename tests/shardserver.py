@@ -5,13 +5,16 @@
 
 500, 403, 404, …: that status. busy: 503 with Retry-After. reset and cut: half of the answer, then RST or FIN. flip: one
 byte is another. short: the last byte is missing, and not announced. hold: half of the answer, then nothing until
-``server.go`` is set. ``server.asked`` has the Range header ("" without one) of each request for a file.
+``server.go`` is set. ``server.asked`` has the Range header ("" without one) of each request for a file, and
+``server.connections`` counts those that were made, also where no request came of them. With ``tls`` it is https.
+What it serves may be asked for as gcsfs does: .../o/NAME?alt=media, with ranges that have an end.
 """
 
 from __future__ import annotations
 
 import re
 import socket
+import ssl
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,14 +25,15 @@ from typing import Any, Self
 
 
 class ShardServer:
-    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
-        self.folder, self.ranges = folder, ranges
+    def __init__(self, folder: Path, *, ranges: bool = True, tls: ssl.SSLContext | None = None) -> None:
+        self.folder, self.ranges, self.tls = folder, ranges, tls
         self.faults: dict[str, Iterator[str]] = {}
         self.asked: dict[str, list[str]] = defaultdict(list)
         self.queries: set[str] = set()
         self.tokens: set[str | None] = set()
         self.go = Event()
         self.half_sent = Event()
+        self.connections = 0
 
     def __enter__(self) -> Self:
         outer = self
@@ -41,10 +45,19 @@ class ShardServer:
             def log_message(self, *words: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def get_request(self) -> tuple[socket.socket, Any]:
+                outer.connections += 1
+                return super().get_request()
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/set"
+        self.address = f"http{'s' if self.tls else ''}://127.0.0.1:{self._server.server_address[1]}"
+        self.url = f"{self.address}/set"
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -69,13 +82,15 @@ class ShardServer:
             body[len(body) // 2] ^= 1
         if fault == "short":
             del body[-1]
-        start = int(asked[6:-1]) if self.ranges and re.fullmatch(r"bytes=\d+-", asked) else 0
+        given = re.fullmatch(r"bytes=(\d+)-(\d*)", asked) if self.ranges else None
+        start = int(given[1]) if given else 0
+        end = min(int(given[2]) + 1, len(body)) if given and given[2] else len(body)
         if start and start >= len(body):
             return self.refuse(handler, 416)
-        handler.send_response(206 if start else 200)
-        handler.send_header("Content-Length", str(len(body) - start))
+        handler.send_response(206 if given else 200)
+        handler.send_header("Content-Length", str(end - start))
         handler.end_headers()
-        return self.send(handler, bytes(body[start:]), fault)
+        return self.send(handler, bytes(body[start:end]), fault)
 
     def refuse(self, handler: BaseHTTPRequestHandler, status: int, *headers: tuple[str, str]) -> None:
         handler.send_response(status)
