@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pvtcap.loader import Placed
 from pvtcap.order import Place
 from pvtcap.shardset import Sample
 from pvtcap.text import IGNORE
@@ -63,12 +64,14 @@ class Batch:
     def __reduce__(self) -> tuple[object, ...]:
         # A tensor on its way between processes is a file and a connection of its own: too much for so little.
         state = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return _received, (type(self), state | {name: state[name].numpy() for name in _ROWS})
+        small = {name: state[name].numpy() for name in _ROWS}
+        return _received, (type(self), Placed.of(self.photos), state | small | {"photos": None})
 
     def without_labels(self) -> Self:
         """The same shapes and no loss: keeps a rank in step when it has no batch left."""
         return replace(self, labels=torch.full_like(self.labels, IGNORE), samples=(), num_captions=0)
 
 
-def _received(kind: type[Batch], state: dict[str, Any]) -> Batch:
-    return kind(**(state | {name: torch.from_numpy(state[name]) for name in _ROWS}))
+def _received(kind: type[Batch], photos: Placed | Tensor, state: dict[str, Any]) -> Batch:
+    large = photos.tensor() if isinstance(photos, Placed) else photos
+    return kind(**(state | {name: torch.from_numpy(state[name]) for name in _ROWS} | {"photos": large}))

@@ -9,13 +9,15 @@ does not tell is which photo a worker was reading when it was killed or when it 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -111,6 +113,13 @@ class Rooms:
         self._memory: torch.Tensor = torch.empty((workers, self._each, size_bytes), dtype=torch.uint8)
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._turn = 0  # each worker process counts its own
+        self._number = next(_numbers)
+        _known[self._number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker process, which knows them by the same number."""
+        self.__dict__.update(state)
+        _known[self._number] = self
 
     def next(self, size_bytes: int) -> torch.Tensor:
         """(size_bytes,) uint8: in a worker its next room, elsewhere memory of its own."""
@@ -120,6 +129,41 @@ class Rooms:
         self._turn += 1
         room: torch.Tensor = self._memory[info.id, self._turn % self._each, :size_bytes]
         return room
+
+    def storage(self) -> torch.UntypedStorage:
+        """All of it."""
+        return self._memory.untyped_storage()
+
+
+_numbers = itertools.count()
+_known: WeakValueDictionary[int, Rooms] = WeakValueDictionary()
+
+
+class Placed(NamedTuple):
+    """A tensor that lies in ``Rooms`` which sender and receiver share, so that only this has to be sent.
+
+    torch would send a file and a connection with each tensor, and the receiver would map it anew, page by page.
+    """
+
+    rooms: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Placed | torch.Tensor:
+        """To be sent by a worker process; the tensor itself if it lies elsewhere, or this is no such process."""
+        if get_worker_info() is not None:
+            for number, rooms in _known.items():
+                if tensor.untyped_storage().data_ptr() == rooms.storage().data_ptr():
+                    return cls(number, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+        return tensor
+
+    def tensor(self) -> torch.Tensor:
+        """In the process that made the rooms."""
+        empty = torch.empty(0, dtype=self.dtype)
+        return empty.set_(_known[self.rooms].storage(), self.offset, self.shape, self.strides)
 
 
 class Work(Dataset["T | PvtcapError"], Generic[T]):
