@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertLMHeadModel, GenerationConfig
 
+from pvtcap import cpuloss, onednn
 from pvtcap.bertlayers import (
     CACHE,
     AttentionOutput,
@@ -25,6 +26,7 @@ from pvtcap.bertlayers import (
     PhotoAttention,
     PhotoCache,
     ResidualNorm,
+    WordEmbedding,
 )
 from pvtcap.config import EvaluateConfig, ModelConfig
 from pvtcap.packing import Packed, has_kernels
@@ -63,6 +65,7 @@ class Decoder(nn.Module):
                 output.__class__, output.LayerNorm.__class__ = AttentionOutput, ResidualNorm
             layer.output.__class__, layer.output.LayerNorm.__class__ = FeedForwardOutput, ResidualNorm
         self.lm.cls.predictions.decoder.__class__ = Head
+        self.lm.bert.embeddings.word_embeddings.__class__ = WordEmbedding
         # BLIP's decoder has no token types. BERT's two would be a constant added to every token.
         types = self.lm.bert.embeddings.token_type_embeddings
         nn.init.zeros_(types.weight)
@@ -120,8 +123,11 @@ class Decoder(nn.Module):
 
     def _cross_entropies(self, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
         """Cross-entropies (M, float32) of what follows these tokens."""
-        logits_MV = self.lm.cls(hidden_MD)
         smoothing = self.label_smoothing if self.training else 0.0
+        predictions = self.lm.cls.predictions
+        if onednn.suits(predictions.decoder.weight):
+            return cpuloss.cross_entropies(predictions.transform(hidden_MD), predictions.decoder, labels_M, smoothing)
+        logits_MV = self.lm.cls(hidden_MD)
         if has_kernels(logits_MV) and len(labels_M):
             from pvtcap import gpuloss
 

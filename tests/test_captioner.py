@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertLMHeadModel
 
-from pvtcap import encoder
+from pvtcap import cpuloss, encoder, packing
 from pvtcap.batch import Batch
-from pvtcap.bertlayers import Head
+from pvtcap.bertlayers import Head, WordEmbedding
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, EvaluateConfig, ModelConfig
 from pvtcap.configfile import parse
 from pvtcap.decoder import Decoder
-from pvtcap.encoder import Encoder
+from pvtcap.encoder import Encoder, FeedForward
 from pvtcap.errors import ConfigError
 from pvtcap.packing import Packed, Rows, attend_to_caption, attend_to_photo, dropout_mask, packed_mask
 from pvtcap.projection import Projection
@@ -160,6 +161,30 @@ def test_attention_with_dropout_on_cpus_is_torchs_but_for_the_weights_that_are_d
         assert 0 < (seen & ~stays).sum() < seen.sum()
 
 
+def test_attention_with_dropout_on_cpus_has_the_gradients_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Packed.of(batch(CAPTIONS, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))).rows
+    count = len(rows.slots_N)
+    torch.manual_seed(4)
+    leaves = [torch.randn(count, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    leaves += [torch.randn(2, 5, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def formula(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
+    ) -> torch.Tensor:
+        scores = query @ key.mT / 2
+        weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        return (weights * dropout_mask(weights, dropout)) @ value
+
+    def found() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        both = attend_to_caption(*leaves[:3], rows, 0.3), attend_to_photo(leaves[0], *leaves[3:], rows, 0.3)
+        return [*both, *torch.autograd.grad(both, leaves, [leaves[1].detach(), leaves[2].detach()])]
+
+    ours = found()
+    monkeypatch.setattr(packing, "_attention", formula)
+    torch.testing.assert_close(ours, found())
+
+
 def test_a_caption_changed_in_a_row_changes_no_other_captions_loss(tree: dict[str, Any], photos: torch.Tensor) -> None:
     model = model_of(tree).eval()
 
@@ -210,6 +235,25 @@ def test_a_frozen_encoder_gives_what_timms_gives(name: str, count: int, photos: 
     learning = ours.train()(photos[:count])
     assert learning.requires_grad
     torch.testing.assert_close(learning.detach(), expected, rtol=1e-4, atol=1e-5)  # no dropout in it, no drop path
+
+
+# The first stage of four such photos is 16 rows of 40 places of 256 numbers, and a part has its neighbours' rows too.
+@pytest.mark.parametrize(
+    ("most", "first"), [(1, (1, 2 * 40)), (5 * 40 * 256, (1, 5 * 40)), (3 * 16 * 40 * 256, (3, 16 * 40))]
+)
+def test_a_frozen_encoder_gives_the_same_in_parts(
+    most: int, first: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, photos = Encoder("pvt_v2_b0").eval(), torch.randint(0, 256, (4, 3, 64, 160), dtype=torch.uint8)
+    parts, whole = [], FeedForward._convolved
+    monkeypatch.setattr(FeedForward, "_convolved", lambda *call: parts.append(call[1].shape[:2]) or whole(*call))
+    with torch.no_grad():
+        expected = encoder(photos)
+        assert parts[0] == (4, 16 * 40)
+        parts.clear()
+        monkeypatch.setattr("pvtcap.encoder._MOST_IN_CACHE", most)
+        torch.testing.assert_close(encoder(photos), expected, rtol=1e-5, atol=1e-6)
+    assert parts[0] == first
 
 
 def test_an_encoder_that_is_not_one() -> None:
@@ -278,6 +322,41 @@ def test_a_widened_vocabulary_changes_neither_loss_nor_gradients(smoothing: floa
     for usual, widened in zip(*found, strict=True):
         torch.testing.assert_close(widened, usual, rtol=1e-6, atol=1e-7)
     assert head.widened(hidden).shape[1] % Head.MULTIPLE == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_cpus_cross_entropy_in_one_tensor_is_torchs(smoothing: float) -> None:
+    head, hidden = torch.nn.Linear(24, 50), torch.randn(7, 24, requires_grad=True)
+    labels, weights = torch.tensor([0, 49, 3, 3, 7, 8, 20]), torch.tensor([1.0, -2, 0, 3, 1, 1, 0.5])
+
+    def torchs() -> torch.Tensor:
+        return cross_entropy(head(hidden), labels, reduction="none", label_smoothing=smoothing)
+
+    found = []
+    for way in (torchs, lambda: cpuloss.cross_entropies(hidden, head, labels, smoothing)):
+        losses = way()
+        gradients = torch.autograd.grad((losses * weights).sum(), [hidden, head.weight, head.bias], retain_graph=True)
+        found.append([losses.detach(), *gradients])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # never wrong in silence
+        losses.sum().backward()
+
+
+def test_a_tied_embeddings_gradient_on_cpus_is_the_dense_one(
+    tree: dict[str, Any], photos: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(tree, model={"dropout": 0.0})
+    found, made = [], []
+    for _ in range(2):
+        with torch.profiler.profile() as profile:
+            found.append(loss_and_gradients(model, [batch(CAPTIONS, photos), batch(CAPTIONS[1:], photos[1:])]))
+        made.append(sum(one.name == "aten::embedding_dense_backward" for one in profile.events()))
+        monkeypatch.setattr(WordEmbedding, "forward", torch.nn.Embedding.forward)
+    assert made == [2, 4]  # of positions, and then of words too
+    (loss, gradients), (dense_loss, dense) = found
+    assert loss == dense_loss
+    torch.testing.assert_close(gradients, dense, rtol=1e-5, atol=1e-7)
+    assert {one.layout for one in gradients.values()} == {torch.strided}
 
 
 @pytest.mark.parametrize(
