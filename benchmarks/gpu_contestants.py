@@ -176,7 +176,7 @@ def steps(part: Part) -> Iterator[Found]:
             seconds = timed(step, world.device, size["warm_up"], size["steps"])
             median, need = statistics.median(seconds), _need(config, job, contestant)
             # A caption a row needs no more than packed ones by its mathematics, and is given no more.
-            flops = statistics.mean(need.total(len(one.photos), one.num_captions, one.num_labels) for one in batches)
+            flops = statistics.mean(need.total(len(one.photos), one.num_labels) for one in batches)
             yield {
                 **_rates(contestant["photos"], median, flops),
                 "seconds": seconds,
@@ -339,7 +339,7 @@ def whole_loop(part: Part) -> Iterator[Found]:
         _synchronize(world.device)
         seconds = (time.perf_counter() - started) / len(seen)
         need = _need(config, job, contestant)
-        flops = statistics.mean(need.total(one.photos, one.captions, one.tokens) for one in seen)
+        flops = statistics.mean(need.total(one.photos, one.tokens) for one in seen)
         waited = sum(one.data_wait_seconds for one in seen) / sum(one.seconds for one in seen)
         found = _rates(contestant["photos"], seconds, flops)
         yield {**found, "num_steps": len(seen), "wait_share": waited, "memory_gib": _peak_gib(world.device)}

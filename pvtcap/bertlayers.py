@@ -41,7 +41,7 @@ class PhotoCache(EncoderDecoderCache):
 
 
 class CaptionAttention(BertSelfAttention):
-    """BERT's self-attention; of packed tokens (1, N, D), each to its own caption."""
+    """BERT's self-attention; of packed tokens (1, N, D), each to its own caption and what that shares."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         rows: Rows | None = kwargs.pop("rows", None)
@@ -60,7 +60,7 @@ class CaptionAttention(BertSelfAttention):
 
         states_N3Hd = _joined(hidden_ND, *linears).view(-1, 3, *heads)
         return gpuattention.to_caption(
-            states_N3Hd, rows.starts, rows.firsts_N, rows.mask_B1TT.shape[-1], dropout
+            states_N3Hd, rows.starts, rows.firsts_N, rows.own_B, rows.mask_B1TT.shape[-1], dropout
         ).flatten(1)
 
 

@@ -10,6 +10,8 @@ of width D and feed-forward width F, P patches of a photo, V pieces, E the encod
                 feed-forward, and the products with the patches' keys and values
     a label     2 D² + 2 D V: the head, through which only tokens with a label go
 
+Tokens are those with a label, and once a photo the prompt, which its captions share (``text``).
+
 A backward pass costs as much again for gradients of inputs, where something before them trains, and again for those of
 weights that train. Left out: products of a caption's tokens with each other (4 L D for each pair, less than 1 %).
 
@@ -58,7 +60,7 @@ def peak_flops(config: Config, device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a forward and backward pass by what they are spent on; ``prompt`` tokens a caption have no label."""
+    """FLOPs of a forward and backward pass by what they are spent on; ``prompt`` tokens a photo have no label."""
 
     photo: float
     token: float
@@ -84,9 +86,9 @@ class StepFlops:
         token = layers * (decoder * own + cross * 4 * width**2 + attended)
         return cls(photo, token, decoder * (2 * width**2 + 2 * width * vocab_size), prompt)
 
-    def total(self, photos: float, captions: float, labels: float) -> float:
+    def total(self, photos: float, labels: float) -> float:
         """Of a step; ``labels`` are the tokens that are predicted."""
-        return self.photo * photos + self.token * (labels + self.prompt * captions) + self.label * labels
+        return self.photo * photos + self.token * (labels + self.prompt * photos) + self.label * labels
 
 
 def encoder_flops(config: Config) -> tuple[float, int, int]:

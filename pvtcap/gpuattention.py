@@ -30,13 +30,16 @@ BACKWARD_KEYS = {"num_queries": 32, "num_keys": 64, "num_warps": 4, "num_stages"
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def to_caption(states_N3Hd: Tensor, starts: Tensor, firsts_N: Tensor, longest: int, dropout: float) -> Tensor:
-    """Each token to those from the first of its caption up to itself: (N, H, d).
+def to_caption(
+    states_N3Hd: Tensor, starts: Tensor, firsts_N: Tensor, own_B: Tensor, longest: int, dropout: float
+) -> Tensor:
+    """Each token to those from the first of its caption up to itself, and to what the row's captions share: (N, H, d).
 
     ``states_N3Hd`` are queries, keys and values; ``starts`` (B + 1, int32) the number of each row's first token, and N;
-    ``firsts_N`` (int32) that of each token's caption; no row has more than ``longest`` tokens.
+    ``firsts_N`` (int32) that of each token's caption; ``own_B`` (int32) that of each row's first token which is not
+    shared; no row has more than ``longest`` tokens.
     """
-    attended: Tensor = _ToCaption.apply(states_N3Hd, starts, firsts_N, longest, dropout)
+    attended: Tensor = _ToCaption.apply(states_N3Hd, starts, firsts_N, own_B, longest, dropout)
     return attended
 
 
@@ -55,20 +58,22 @@ def to_photo(
 
 class _ToCaption(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, starts: Tensor, firsts: Tensor, longest: int, dropout: float) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, starts: Tensor, firsts: Tensor, own: Tensor, longest: int, dropout: float
+    ) -> Tensor:
         ctx.longest, ctx.dropped = longest, gpudropout.dropped(dropout)
         states = states.contiguous()
-        attended, *more = _attend(states, states, starts, starts, firsts, longest, ctx.dropped)
-        ctx.save_for_backward(states, starts, firsts, attended, *more)
+        attended, *more = _attend(states, states, starts, starts, (firsts, own), longest, ctx.dropped)
+        ctx.save_for_backward(states, starts, firsts, own, attended, *more)
         return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        states, starts, firsts, attended, sums_HN, seed = ctx.saved_tensors
+        states, starts, firsts, own, attended, sums_HN, seed = ctx.saved_tensors
         found, gradient, of_states = (attended, sums_HN, seed), gradients[0].contiguous(), torch.empty_like(states)
-        longest = ctx.longest, ctx.longest
-        _go_back(states, states, starts, starts, firsts, longest, ctx.dropped, found, gradient, of_states, of_states)
-        return of_states, None, None, None, None
+        longest, captions = (ctx.longest, ctx.longest), (firsts, own)
+        _go_back(states, states, starts, starts, captions, longest, ctx.dropped, found, gradient, of_states, of_states)
+        return of_states, *[None] * 5
 
 
 class _ToPhoto(torch.autograd.Function):
@@ -95,8 +100,9 @@ class _ToPhoto(torch.autograd.Function):
 
 
 def _attend(
-    queries: Tensor, keys: Tensor, starts: Tensor, key_starts: Tensor, firsts: Tensor | None, longest: int, dropped: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, starts: Tensor, key_starts: Tensor, captions: tuple[Tensor, Tensor] | None,
+    longest: int, dropped: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the queries find, (N, H, d); the logarithms (of 2) of softmax's sums, (H, N); dropout's seed."""
     count, heads, width = len(queries), queries.shape[-2], queries.shape[-1]
     attended = queries.new_empty((count, heads, width))
@@ -104,30 +110,31 @@ def _attend(
     seed = gpudropout.seed(queries.device) if dropped else torch.empty_like(starts)
     blocks = -(-longest // FORWARD["num_queries"])
     _forward[(blocks * (len(starts) - 1) * heads,)](
-        queries, keys, attended, sums_HN, starts, key_starts, starts if firsts is None else firsts, seed, count, blocks,
-        heads, width, width**-0.5, firsts is not None, dropped, **FORWARD,
+        queries, keys, attended, sums_HN, starts, key_starts, *(captions or (starts, starts)), seed, count, blocks,
+        heads, width, width**-0.5, captions is not None, dropped, **FORWARD,
     )  # fmt: skip
     return attended, sums_HN, seed
 
 
 def _go_back(
-    queries: Tensor, keys: Tensor, starts: Tensor, key_starts: Tensor, firsts: Tensor | None, longest: tuple[int, int],
-    dropped: int, found: tuple[Tensor, Tensor, Tensor], gradient: Tensor, of_queries: Tensor, of_keys: Tensor,
+    queries: Tensor, keys: Tensor, starts: Tensor, key_starts: Tensor, captions: tuple[Tensor, Tensor] | None,
+    longest: tuple[int, int], dropped: int, found: tuple[Tensor, Tensor, Tensor], gradient: Tensor, of_queries: Tensor,
+    of_keys: Tensor,
 ) -> None:  # fmt: skip
     """Fills ``of_queries`` and ``of_keys``, which lie as ``queries`` and ``keys`` do."""
     count, heads, width = gradient.shape
     attended, sums_HN, seed = found
     products_HN = torch.empty_like(sums_HN)
-    some = starts if firsts is None else firsts
-    how = heads, width, width**-0.5, firsts is not None, dropped
+    some = captions or (starts, starts)
+    how = heads, width, width**-0.5, captions is not None, dropped
     blocks = -(-longest[0] // BACKWARD_QUERIES["num_queries"])
     _backward_queries[(blocks * (len(starts) - 1) * heads,)](
-        queries, keys, attended, gradient, of_queries, sums_HN, products_HN, starts, key_starts, some, seed, count,
+        queries, keys, attended, gradient, of_queries, sums_HN, products_HN, starts, key_starts, *some, seed, count,
         blocks, *how, **BACKWARD_QUERIES,
     )  # fmt: skip
     blocks = -(-longest[1] // BACKWARD_KEYS["num_keys"])
     _backward_keys[(blocks * (len(starts) - 1) * heads,)](
-        queries, keys, gradient, of_keys, sums_HN, products_HN, starts, key_starts, some, seed, count, blocks, *how,
+        queries, keys, gradient, of_keys, sums_HN, products_HN, starts, key_starts, *some, seed, count, blocks, *how,
         **BACKWARD_KEYS,
     )  # fmt: skip
 
@@ -150,7 +157,7 @@ def _key_places(n, head, d, heads: tl.constexpr, width: tl.constexpr, in_caption
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    queries, keys, attended, sums, starts, key_starts, firsts, seed, count, blocks,
+    queries, keys, attended, sums, starts, key_starts, firsts, own, seed, count, blocks,
     heads: tl.constexpr, width: tl.constexpr, scale: tl.constexpr, in_caption: tl.constexpr, dropped: tl.constexpr,
     num_queries: tl.constexpr, num_keys: tl.constexpr,
 ):  # fmt: skip
@@ -162,10 +169,11 @@ def _forward(  # type: ignore[no-untyped-def]
         return
     m = m_first + tl.arange(0, num_queries)
     d = tl.arange(0, width)
+    shared_end = tl.load(own + row)
     q = tl.load(queries + _query_places(m, head, d, heads, width, in_caption), mask=m[:, None] < end, other=0.0)
     if in_caption:
         first = tl.load(firsts + m, mask=m < end, other=0)
-        low, high = tl.load(firsts + m_first), tl.minimum(m_first + num_queries, end)
+        low, high = tl.load(starts + row), tl.minimum(m_first + num_queries, end)
     else:
         first = m
         low, high = tl.load(key_starts + row), tl.load(key_starts + row + 1)
@@ -182,7 +190,8 @@ def _forward(  # type: ignore[no-untyped-def]
         v = tl.load(keys + key_places + heads * width, mask=n[:, None] < high, other=0.0)
         seen = n[None, :] < high
         if in_caption:
-            seen = seen & (n[None, :] <= m[:, None]) & (n[None, :] >= first[:, None])
+            of_caption = (n[None, :] >= first[:, None]) | (n[None, :] < shared_end)
+            seen = seen & (n[None, :] <= m[:, None]) & of_caption
         scores = tl.where(seen, tl.dot(q, tl.trans(k)) * (scale * LOG2E), float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(highest == float("-inf"), 0.0, highest)  # of a query that has seen no key yet
@@ -201,7 +210,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_queries(  # type: ignore[no-untyped-def]
-    queries, keys, attended, gradient, of_queries, sums, products, starts, key_starts, firsts, seed, count, blocks,
+    queries, keys, attended, gradient, of_queries, sums, products, starts, key_starts, firsts, own, seed, count, blocks,
     heads: tl.constexpr, width: tl.constexpr, scale: tl.constexpr, in_caption: tl.constexpr, dropped: tl.constexpr,
     num_queries: tl.constexpr, num_keys: tl.constexpr,
 ):  # fmt: skip
@@ -214,6 +223,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
         return
     m = m_first + tl.arange(0, num_queries)
     d = tl.arange(0, width)
+    shared_end = tl.load(own + row)
     places = (m.to(tl.int64)[:, None] * heads + head) * width + d[None, :]
     query_places = _query_places(m, head, d, heads, width, in_caption)
     q = tl.load(queries + query_places, mask=m[:, None] < end, other=0.0)
@@ -224,7 +234,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     log_sum = tl.load(sums + head * count + m, mask=m < end, other=0.0)
     if in_caption:
         first = tl.load(firsts + m, mask=m < end, other=0)
-        low, high = tl.load(firsts + m_first), tl.minimum(m_first + num_queries, end)
+        low, high = tl.load(starts + row), tl.minimum(m_first + num_queries, end)
     else:
         first = m
         low, high = tl.load(key_starts + row), tl.load(key_starts + row + 1)
@@ -239,7 +249,8 @@ def _backward_queries(  # type: ignore[no-untyped-def]
         v = tl.load(keys + key_places + heads * width, mask=n[:, None] < high, other=0.0)
         seen = n[None, :] < high
         if in_caption:
-            seen = seen & (n[None, :] <= m[:, None]) & (n[None, :] >= first[:, None])
+            of_caption = (n[None, :] >= first[:, None]) | (n[None, :] < shared_end)
+            seen = seen & (n[None, :] <= m[:, None]) & of_caption
         weights = tl.where(seen, tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2E) - log_sum[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v))
         if dropped > 0:
@@ -250,7 +261,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_keys(  # type: ignore[no-untyped-def]
-    queries, keys, gradient, of_keys, sums, products, starts, key_starts, firsts, seed, count, blocks,
+    queries, keys, gradient, of_keys, sums, products, starts, key_starts, firsts, own, seed, count, blocks,
     heads: tl.constexpr, width: tl.constexpr, scale: tl.constexpr, in_caption: tl.constexpr, dropped: tl.constexpr,
     num_queries: tl.constexpr, num_keys: tl.constexpr,
 ):  # fmt: skip
@@ -263,6 +274,7 @@ def _backward_keys(  # type: ignore[no-untyped-def]
         return
     n = n_first + tl.arange(0, num_keys)
     d = tl.arange(0, width)
+    shared_end = tl.load(own + row)
     key_places = _key_places(n, head, d, heads, width, in_caption)
     k = tl.load(keys + key_places, mask=n[:, None] < key_end, other=0.0)
     v = tl.load(keys + key_places + heads * width, mask=n[:, None] < key_end, other=0.0)
@@ -281,7 +293,8 @@ def _backward_keys(  # type: ignore[no-untyped-def]
         seen = (m[None, :] < end) & (n[:, None] < key_end)
         if in_caption:
             first = tl.load(firsts + m, mask=m < end, other=0)
-            seen = seen & (n[:, None] <= m[None, :]) & (n[:, None] >= first[None, :])
+            of_caption = (n[:, None] >= first[None, :]) | (n[:, None] < shared_end)
+            seen = seen & (n[:, None] <= m[None, :]) & of_caption
         weights = tl.where(seen, tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2E) - log_sum[None, :]), 0.0)
         dp = tl.dot(v, tl.trans(do))
         kept_weights = weights

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pvtcap.batch import Batch
-from pvtcap.text import IGNORE
+from pvtcap.text import IGNORE, SHARED
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Rows:
     """int32: the number of the first token of its caption."""
     starts: Tensor
     """int32 (B + 1): the number of each row's first token, and N."""
+    own_B: Tensor
+    """int32: the number of each row's first token that is not shared by all its captions."""
 
     @classmethod
     def of(cls, segments_BT: Tensor, slots_N: Tensor) -> Self:
@@ -60,6 +62,7 @@ class Rows:
             padding_BT,
             firsts_N.int(),
             starts.int(),
+            (starts[:-1] + (segments_BT == SHARED).sum(1)).int(),
         )
 
 
@@ -92,14 +95,14 @@ class Packed:
 
 
 def packed_mask(segments_BT: Tensor) -> Tensor:
-    """True (B, 1, T, T) where a token may look: at itself and before it, within its own caption.
+    """True (B, 1, T, T) where a token may look: at itself and before it, within its caption and what all share.
 
     Padding has a segment of its own and so always sees itself: a row without any True would make attention NaN.
     """
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    seen_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) | (segments_BT == SHARED)[:, None, :]
     length = segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
-    return (same_BTT & causal_TT)[:, None]
+    return (seen_BTT & causal_TT)[:, None]
 
 
 def has_kernels(states: Tensor, head_width: int | None = None) -> bool:
@@ -118,7 +121,7 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 def attend_to_caption(query_NHd: Tensor, key_NHd: Tensor, value_NHd: Tensor, rows: Rows, dropout: float) -> Tensor:
-    """Each token to its caption up to itself: (N, H, d). ``gpuattention.to_caption`` is quicker."""
+    """Each token to what its mask shows: (N, H, d). ``gpuattention.to_caption`` is quicker."""
     places = _Places.of(rows, query_NHd.shape[1])
     query, key, value = (_padded(one, places) for one in (query_NHd, key_NHd, value_NHd))
     return _unpadded(_attention(query, key, value, rows.mask_B1TT, dropout), places)

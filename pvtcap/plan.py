@@ -78,7 +78,7 @@ def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
     model = dryrun.meta_captioner(config, _vocab_size(config))
     sizes = Sizes.of(model)
     row_tokens = _row_tokens(config, pieces)
-    prompt = len(_WORDS.findall(config.text.prompt)) * config.data.captions_per_photo  # its tokens are not predicted
+    prompt = len(_WORDS.findall(config.text.prompt))  # tokens that are not predicted
     step = dryrun.step_bytes(
         model,
         photos=batches.micro_batch,
@@ -150,7 +150,7 @@ def _assumed_compute(config: Config, captions: float, pieces: float, features: b
     flops = StepFlops.of(config, _vocab_size(config), prompt, features)
     peak = peak_flops(config, scaling.DEVICE)
     assert peak is not None, "known of this device"
-    photo_flops = flops.total(1, captions, labels)
+    photo_flops = flops.total(1, labels)
     return scaling.Compute.assumed(photo_flops, peak, features=features, compiled=config.train.compile)
 
 
@@ -171,13 +171,14 @@ def _caption_pieces(sources: Sources) -> float:
 
 
 def _row_tokens(config: Config, pieces: float) -> int:
-    """Tokens of a packed row: captions × (begin token, prompt, pieces), each cut at ``text.max_tokens``.
+    """Tokens of a packed row: the prompt, and captions × (its last token or [DEC], pieces), cut at ``text.max_tokens``.
 
     A batch is as long as its longest row.
     """
-    prompt = 1 + len(_WORDS.findall(config.text.prompt))
     captions, most = config.data.captions_per_photo, config.text.max_tokens
-    return max(1, math.ceil(min(most * captions, _LONGEST_ROW * min(most, prompt + pieces) * captions)))
+    shared = min(len(_WORDS.findall(config.text.prompt)), most)
+    own = min((most - shared) * captions, _LONGEST_ROW * min(most - shared, 1 + pieces) * captions)
+    return max(1, shared + math.ceil(own))
 
 
 def _vocab_size(config: Config) -> int:

@@ -2,13 +2,13 @@
 
 BERT's uncased WordPiece with BLIP's two extra tokens at the end of the vocabulary: [DEC] begins a caption, [ENC] is
 BLIP's for another task and kept so that its embedding table fits. A caption ends with [SEP]. All captions of a photo
-are packed in one row, each with positions from 0 and a segment number of its own; the mask that keeps them apart is
-made from the segments in ``decoder``.
+are packed in one row. What they begin with alike, [DEC] and the prompt but for its last token, is there once; then come
+the captions, each with positions as if it were alone behind that, and a segment number of its own. The mask that keeps
+them apart is made from the segments in ``packing``.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from tokenizers.trainers import WordPieceTrainer
 from pvtcap.errors import ConfigError
 
 IGNORE = -100  # torch's cross_entropy leaves this label out; here: prompt and padding
+SHARED = 0  # the segment that all captions of a row see
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _BLIP_TOKENS = ["[DEC]", "[ENC]"]
 _WORDS = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
@@ -33,8 +34,9 @@ _MOST_KNOWN = 100_000  # words remembered: a bound on memory, far above the word
 class PackedRows:
     """A row for each of B photos, with all its chosen captions one after the other; int64 arrays (B, T).
 
-    ``labels[b, t]`` is the token that should follow ``tokens[b, t]``, IGNORE inside the prompt. T is the longest row's;
-    what is behind the others has label IGNORE and a segment of its own, -1.
+    ``labels[b, t]`` is the token that should follow ``tokens[b, t]``. What the captions share stands first, with label
+    IGNORE and segment SHARED; theirs are 1, 2, …. T is the longest row's; what is behind the others has label IGNORE
+    and a segment of its own, -1.
     """
 
     tokens: NDArray[np.int64]
@@ -92,30 +94,36 @@ class CaptionTokenizer:
         path.write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
 
     def pack(self, photos: Sequence[Sequence[str]], max_tokens: int) -> PackedRows:
-        """A row of each photo's captions; each is [DEC] prompt words, its labels prompt words [SEP] with
-        the prompt masked.
+        """A row of each photo's captions. Alone, one is [DEC] prompt words, and its labels words [SEP], the first of
+        which follows the prompt's last token.
 
         A caption longer than ``max_tokens`` (begin token and prompt included) is cut, and then has no [SEP] to learn.
         Where no photo has any, a token without a label stands in: a rank that has nothing to learn from takes part.
         """
+        shared, last = self.prefix[:-1][:max_tokens], self.prefix[-1]
+        room = max_tokens + 1 - len(shared)
         ids: list[int] = []
-        lengths = []
-        for caption in itertools.chain.from_iterable(photos):
-            caption_ids = [*self.prefix, *self._ids(caption), self.end_id][: max_tokens + 1]
-            lengths.append(len(caption_ids) - 1)
-            ids += caption_ids
-        # All captions at once, for a photo's few words are not worth a call of NumPy's each.
-        captions_of = np.array([len(captions) for captions in photos])
-        of_caption, all_ids = np.array(lengths, dtype=np.int64), np.array(ids, dtype=np.int64)
-        starts = np.cumsum(of_caption) - of_caption
-        positions = np.arange(of_caption.sum()) - np.repeat(starts, of_caption)
-        # A caption has one id more than tokens: each is preceded by as many as there are captions before it.
-        number = np.repeat(np.arange(len(lengths)), of_caption)
+        lengths = []  # of pieces: what is shared, if anything is, and the captions
+        for captions in photos:
+            if captions and shared:
+                ids += [*shared, last]
+                lengths.append(len(shared))
+            for caption in captions:
+                caption_ids = [last, *self._ids(caption), self.end_id][:room]
+                lengths.append(len(caption_ids) - 1)
+                ids += caption_ids
+        # All pieces at once, for a photo's few words are not worth a call of NumPy's each.
+        pieces_of = np.array([len(captions) + bool(captions and shared) for captions in photos])
+        of_piece, all_ids = np.array(lengths, dtype=np.int64), np.array(ids, dtype=np.int64)
+        starts = np.cumsum(of_piece) - of_piece
+        # A piece has one id more than tokens: each is preceded by as many as there are pieces before it.
+        number = np.repeat(np.arange(len(lengths)), of_piece)
         places = np.arange(len(number)) + number
-        following = np.where(positions < len(self.prefix) - 1, IGNORE, all_ids[places + 1])
-        first_of_photo = np.repeat(np.cumsum(captions_of) - captions_of, captions_of)
-        segments = number - first_of_photo[number]
-        row_lengths = np.bincount(np.repeat(np.arange(len(photos)), captions_of), of_caption, len(photos))
+        first_of_photo = np.repeat(np.cumsum(pieces_of) - pieces_of, pieces_of)
+        segments = number - first_of_photo[number] + (SHARED if shared else SHARED + 1)
+        positions = np.arange(of_piece.sum()) - np.repeat(starts, of_piece) + len(shared) * (segments != SHARED)
+        following = np.where(segments == SHARED, IGNORE, all_ids[places + 1])
+        row_lengths = np.bincount(np.repeat(np.arange(len(photos)), pieces_of), of_piece, len(photos))
         used = np.arange(max(1, int(row_lengths.max()))) < row_lengths[:, None]
 
         def rows(values: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
@@ -127,7 +135,7 @@ class CaptionTokenizer:
             rows(all_ids[places], self.pad_id), rows(following, IGNORE), rows(positions, 0), rows(segments, -1)
         )
         if not lengths:
-            found.segments[0, 0] = 0
+            found.segments[0, 0] = SHARED
         return found
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -20,9 +20,12 @@ from pvtcap.batch import Batch
 from pvtcap.config import ModelConfig
 from pvtcap.decoder import Decoder
 from pvtcap.packing import Packed, Rows
+from pvtcap.text import SHARED
 
-# Rows of several captions: one longer than a program's 64 queries and keys, with a caption across its border.
+# Rows of several captions: one longer than a program's 64 queries and keys, with a caption across its border. What
+# stands first is shared by the others in the first row, and a caption of its own elsewhere.
 CAPTIONS = [[4, 60, 30], [3], [7, 1, 9]]
+FIRST_SEGMENTS = [SHARED, 1, 1]
 HEADS, WIDTH, PATCHES = 2, 16, 70
 
 
@@ -35,8 +38,8 @@ def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows() -> Rows:
     longest = max(map(sum, CAPTIONS))
     segments = torch.full((len(CAPTIONS), longest), -1)
-    for row, lengths in zip(segments, CAPTIONS, strict=True):
-        numbers = [number for number, length in enumerate(lengths) for _ in range(length)]
+    for row, first, lengths in zip(segments, FIRST_SEGMENTS, CAPTIONS, strict=True):
+        numbers = [number for number, length in enumerate(lengths, first) for _ in range(length)]
         row[: len(numbers)] = torch.tensor(numbers)
     return Rows.of(segments, (segments.flatten() >= 0).nonzero().squeeze(1))
 
@@ -56,7 +59,8 @@ def ours_of(kind: str) -> Callable[..., Tensor]:
 
     def to_caption(query: Tensor, key: Tensor, value: Tensor, of: Rows, dropout: float) -> Tensor:
         longest = of.mask_B1TT.shape[-1]
-        return gpuattention.to_caption(torch.stack([query, key, value], 1), of.starts, of.firsts_N, longest, dropout)
+        states = torch.stack([query, key, value], 1)
+        return gpuattention.to_caption(states, of.starts, of.firsts_N, of.own_B, longest, dropout)
 
     def to_photo(query: Tensor, key: Tensor, value: Tensor, of: Rows, dropout: float) -> Tensor:
         states, patches = torch.stack([key.flatten(0, 1), value.flatten(0, 1)], 1), key.shape[1]
@@ -192,8 +196,10 @@ def test_a_decoder_of_kernels_gives_the_loss_and_the_gradients_of_one_without(
 
 def seen(of: Rows, num_keys: int, kind: str) -> Tensor:
     """(N, keys): which a query looks at."""
+    row_of_token = torch.searchsorted(of.starts, torch.arange(len(of.slots_N)), right=True) - 1
     if kind == "photo":
-        row_of_token = torch.searchsorted(of.starts, torch.arange(len(of.slots_N)), right=True) - 1
         return row_of_token[:, None] == torch.arange(num_keys) // PATCHES
     numbers = torch.arange(num_keys)
-    return (numbers[None] <= numbers[:, None]) & (numbers[None] >= of.firsts_N[:, None])
+    in_row = row_of_token[None] == row_of_token[:, None]
+    shared = in_row & (numbers[None] < of.own_B[row_of_token][:, None])
+    return (numbers[None] <= numbers[:, None]) & (shared | (numbers[None] >= of.firsts_N[:, None]))

@@ -22,10 +22,10 @@ from pvtcap.encoder import Encoder, FeedForward
 from pvtcap.errors import ConfigError
 from pvtcap.packing import Packed, Rows, attend_to_caption, attend_to_photo, dropout_mask, packed_mask
 from pvtcap.projection import Projection
-from pvtcap.text import CaptionTokenizer
+from pvtcap.text import SHARED, CaptionTokenizer
 
 WORDS = ["a", "red", "blue", "green", "large", "small", "circle", "square", "star", "on", "the", "left", "right", "top"]
-TOKENIZER = CaptionTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS], prompt="a")
+TOKENIZER = CaptionTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS], prompt="a star on")
 CAPTIONS = [
     ["red circle on the left", "large red circle", "circle"],
     ["blue star", "small blue star on the right top", "the star on the right"],
@@ -79,8 +79,10 @@ def test_packed_captions_give_the_loss_and_the_gradients_of_unpacked_rows(
 
 
 def test_a_token_sees_its_own_caption_up_to_itself_and_padding_sees_something() -> None:
-    mask = packed_mask(torch.tensor([[0, 0, 1, 1, -1]]))[0, 0].int().tolist()
-    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    mask = packed_mask(torch.tensor([[1, 1, 2, 2, -1], [SHARED, 1, 2, 2, -1]]))[:, 0, :4].int().tolist()
+    assert mask[0] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
+    assert mask[1] == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0]]
+    assert packed_mask(torch.full((1, 2), -1))[0, 0].int().tolist() == [[1, 0], [1, 1]]
 
 
 @pytest.mark.long  # two graphs are compiled
@@ -192,7 +194,7 @@ def test_a_caption_changed_in_a_row_changes_no_other_captions_loss(tree: dict[st
     def first_caption_alone(second: str) -> float:
         both = batch([["red circle", second]], photos[:1])
         labels = both.labels.clone()
-        labels[both.segments != 0] = -100
+        labels[both.segments != 1] = -100
         return float(model(replace(both, labels=labels)))
 
     assert first_caption_alone("blue star on the left") == first_caption_alone("green star on the left")

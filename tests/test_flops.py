@@ -30,7 +30,7 @@ def test_a_step_needs_what_torch_counts(tree: dict[str, Any], tmp_path: Any, wha
     batch = Batch(photos, tokens, labels, torch.arange(8).expand(3, -1), torch.ones_like(tokens), (), 3)
     with counter() as count:
         model(batch).backward()
-    ours = StepFlops.of(config, 1000, prompt=2, features=False).total(photos=3, captions=3, labels=18)
+    ours = StepFlops.of(config, 1000, prompt=2, features=False).total(photos=3, labels=18)
     # A first layer has no gradient of its input to compute, and self-attention's small products are not counted.
     assert ours == pytest.approx(count.get_total_flops(), rel=0.06)
 

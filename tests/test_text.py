@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvtcap.errors import ConfigError
-from pvtcap.text import IGNORE, CaptionTokenizer, PackedRows
+from pvtcap.text import IGNORE, SHARED, CaptionTokenizer, PackedRows
 
 WORDS = ["a", "picture", "of", "cat", "dog", "##s", "on", "the", "mat", "'", "s", ",", "."]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -31,10 +31,11 @@ def test_a_packed_row_spelled_out() -> None:
     begin, end = tokenizer.begin_id, tokenizer.end_id
     prompt = ids(tokenizer, "a picture of")
     cats, the_dog = ids(tokenizer, "cat ##s"), ids(tokenizer, "the dog")
-    assert row.tokens.tolist() == [begin, *prompt, *cats, begin, *prompt, *the_dog]
-    assert row.labels.tolist() == [*[IGNORE] * 3, *cats, end, *[IGNORE] * 3, *the_dog, end]
-    assert row.positions.tolist() == [*range(6), *range(6)]
-    assert row.segments.tolist() == [0] * 6 + [1] * 6
+    last = prompt.pop()
+    assert row.tokens.tolist() == [begin, *prompt, last, *cats, last, *the_dog]
+    assert row.labels.tolist() == [*[IGNORE] * 3, *cats, end, *the_dog, end]
+    assert row.positions.tolist() == [0, 1, 2, *range(3, 6), *range(3, 6)]
+    assert row.segments.tolist() == [SHARED] * 3 + [1] * 3 + [2] * 3
     assert (tokenizer.begin_id, tokenizer.size) == (len(VOCAB), len(VOCAB) + 2)
 
 
@@ -50,7 +51,7 @@ def test_padding_has_no_label_and_a_segment_of_its_own() -> None:
     rows = tokenizer.pack([["cat"], ["the dog on the mat", "a"]], 9)
     assert rows.tokens.shape == (2, 8)
     assert rows.labels[0].tolist()[2:] == [IGNORE] * 6
-    assert rows.segments[0].tolist() == [0, 0, -1, -1, -1, -1, -1, -1]
+    assert rows.segments[0].tolist() == [1, 1, -1, -1, -1, -1, -1, -1]
     assert rows.tokens[0, 2:].tolist() == [tokenizer.pad_id] * 6
 
 
@@ -67,15 +68,29 @@ def test_each_row_of_a_batch_is_the_row_of_its_photo_alone(photos: list[list[str
             row, expected = getattr(rows, name)[number], getattr(alone, name)
             assert row[: len(expected)].tolist() == expected.tolist()
         assert set(rows.segments[number, len(alone.tokens) :].tolist()) <= {-1}
-        # And of two captions alone, one behind the other.
+        # And of its captions alone, one behind the other, with what they share before them.
         each = [only_row(tokenizer.pack([[caption]], longest)) for caption in captions]
-        assert alone.labels.tolist() == [label for row in each for label in row.labels.tolist()]
-        assert alone.segments.tolist() == [place for place, row in enumerate(each) for _ in row.tokens]
+        for name in ("tokens", "labels", "positions"):
+            shared = getattr(each[0], name)[each[0].segments == SHARED].tolist()
+            own = [number for row in each for number in getattr(row, name)[row.segments != SHARED].tolist()]
+            assert getattr(alone, name).tolist() == shared + own
+        places = [place for place, row in enumerate(each, start=1) for _ in row.tokens[row.segments != SHARED]]
+        assert alone.segments[alone.segments != SHARED].tolist() == places
+        assert (alone.segments == SHARED).sum() == (3 if prompt else 0)
+
+
+@pytest.mark.parametrize("longest", [1, 3, 4])
+def test_a_caption_has_no_room_behind_a_long_prompt(longest: int) -> None:
+    tokenizer = CaptionTokenizer(VOCAB, "a picture of")
+    row = only_row(tokenizer.pack([["cat", "the dog"]], longest))
+    assert row.tokens.tolist() == [*tokenizer.prefix[: min(longest, 3)], *tokenizer.prefix[3:longest] * 2]
+    assert row.labels[: min(longest, 3)].tolist() == [IGNORE] * min(longest, 3)
+    assert row.labels[3:].tolist() == (ids(tokenizer, "cat the") if longest == 4 else [])
 
 
 def test_where_no_photo_has_a_caption_a_token_without_a_label_stands_in() -> None:
     rows = CaptionTokenizer(VOCAB, "a picture of").pack([[], []], 7)
-    assert (rows.segments.tolist(), rows.labels.tolist()) == ([[0], [-1]], [[IGNORE], [IGNORE]])
+    assert (rows.segments.tolist(), rows.labels.tolist()) == ([[SHARED], [-1]], [[IGNORE], [IGNORE]])
 
 
 @given(st.lists(st.sampled_from([word for word in WORDS if word.isalpha()]), min_size=1, max_size=12))
