@@ -176,7 +176,7 @@ def steps(part: Part) -> Iterator[Found]:
             seconds = timed(step, world.device, size["warm_up"], size["steps"])
             median, need = statistics.median(seconds), _need(config, job, contestant)
             # A caption a row needs no more than packed ones by its mathematics, and is given no more.
-            flops = statistics.mean(need.total(len(one.photos), one.num_labels) for one in batches)
+            flops = statistics.mean(need.total(len(one.photos), one.num_captions, one.num_labels) for one in batches)
             yield {
                 **_rates(contestant["photos"], median, flops),
                 "seconds": seconds,
@@ -210,7 +210,7 @@ def _rates(photos: int, seconds: float, flops: float) -> Found:
 
 def _need(config: Config, job: Job, contestant: dict[str, Any]) -> StepFlops:
     tokenizer = job.view.tokenizer
-    return StepFlops.of(config, tokenizer.size, len(tokenizer.prefix) - 1, contestant["input"] == "features")
+    return StepFlops.of(config, tokenizer.size, len(tokenizer.prefix), contestant["input"] == "features")
 
 
 def _batches(part: Part, contestant: dict[str, Any], job: Job, world: World) -> list[Batch]:
@@ -228,15 +228,15 @@ def _batches(part: Part, contestant: dict[str, Any], job: Job, world: World) -> 
 def _together(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
-    longest = max(map(_row_length, batches))
 
     def rows(name: str, fill: int) -> Tensor:
         each = [getattr(one, name) for one in batches]
+        longest = max(one.shape[1] for one in each)
         return torch.cat([functional.pad(one, (0, longest - one.shape[1]), value=fill) for one in each])
 
     return Batch(
-        torch.cat([one.photos for one in batches]), rows("tokens", 0), rows("labels", IGNORE), rows("positions", 0),
-        rows("segments", -1), (), sum(one.num_captions for one in batches),
+        torch.cat([one.photos for one in batches]), rows("tokens", 0), rows("labels", IGNORE),
+        rows("predictors", 0), rows("positions", 0), rows("segments", -1), (), sum(one.num_captions for one in batches),
     )  # fmt: skip
 
 
@@ -339,7 +339,7 @@ def whole_loop(part: Part) -> Iterator[Found]:
         _synchronize(world.device)
         seconds = (time.perf_counter() - started) / len(seen)
         need = _need(config, job, contestant)
-        flops = statistics.mean(need.total(one.photos, one.tokens) for one in seen)
+        flops = statistics.mean(need.total(one.photos, one.captions, one.tokens) for one in seen)
         waited = sum(one.data_wait_seconds for one in seen) / sum(one.seconds for one in seen)
         found = _rates(contestant["photos"], seconds, flops)
         yield {**found, "num_steps": len(seen), "wait_share": waited, "memory_gib": _peak_gib(world.device)}

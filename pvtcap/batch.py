@@ -13,7 +13,7 @@ from pvtcap.order import Place
 from pvtcap.shardset import Sample
 from pvtcap.text import IGNORE
 
-_ROWS = ("tokens", "labels", "positions", "segments")
+_ROWS = ("tokens", "labels", "predictors", "positions", "segments")
 _TENSORS = ("photos", *_ROWS)
 
 
@@ -31,15 +31,16 @@ class BadSample:
 class Batch:
     """A micro-batch of B photos with their captions packed to T tokens a row.
 
-    ``photos`` (B, 3, H, W) uint8, RGB, or their features (B, E, h, w) float16; ``tokens``, ``labels``, ``positions``,
-    ``segments`` (B, T) int64, see ``text``; ``samples`` as stored but without the photos' bytes; ``num_captions`` those
-    packed here. In training ``places`` are the samples'; the row of a ``bad`` sample is a grey picture without labels,
-    from which nothing is learned.
+    ``photos`` (B, 3, H, W) uint8, RGB, or their features (B, E, h, w) float16; ``tokens``, ``positions``, ``segments``
+    (B, T), ``labels``, ``predictors`` (B, L) int64, see ``text``; ``samples`` as stored but without the photos' bytes;
+    ``num_captions`` those packed here. In training ``places`` are the samples'; the row of a ``bad`` sample is a grey
+    picture without labels, from which nothing is learned.
     """
 
     photos: Tensor
     tokens: Tensor
     labels: Tensor
+    predictors: Tensor
     positions: Tensor
     segments: Tensor
     samples: tuple[Sample, ...]

@@ -8,9 +8,9 @@ of width D and feed-forward width F, P patches of a photo, V pieces, E the encod
                 patches 4 L P D²
     a token     L (8 D² + 4 D² + 4 D F + 4 P D): self-attention's matrices, cross-attention's queries and outputs,
                 feed-forward, and the products with the patches' keys and values
-    a label     2 D² + 2 D V: the head, through which only tokens with a label go
+    a label     2 D² + 2 D V: the head
 
-Tokens are those with a label, and once a photo the prompt, which its captions share (``text``).
+Tokens are a caption's own, one less than it has labels, and once a photo what its captions share (``text``).
 
 A backward pass costs as much again for gradients of inputs, where something before them trains, and again for those of
 weights that train. Left out: products of a caption's tokens with each other (4 L D for each pair, less than 1 %).
@@ -60,15 +60,15 @@ def peak_flops(config: Config, device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a forward and backward pass by what they are spent on; ``prompt`` tokens a photo have no label."""
+    """FLOPs of a forward and backward pass by what they are spent on; a photo's captions share ``prefix`` tokens."""
 
     photo: float
     token: float
     label: float
-    prompt: int
+    prefix: int
 
     @classmethod
-    def of(cls, config: Config, vocab_size: int, prompt: int, features: bool) -> Self:
+    def of(cls, config: Config, vocab_size: int, prefix: int, features: bool) -> Self:
         """``features``: photos come encoded."""
         model, learning = config.model, config.train.what.split("+")
         layers, width, wide = model.decoder_layers, model.decoder_width, model.decoder_feedforward
@@ -84,11 +84,11 @@ class StepFlops:
         photo += (3 if encoder_trains else 2) * projection + cross * 4 * layers * patches * width**2
         own, attended = 8 * width**2 + 4 * width * wide, 3 * 4 * patches * width
         token = layers * (decoder * own + cross * 4 * width**2 + attended)
-        return cls(photo, token, decoder * (2 * width**2 + 2 * width * vocab_size), prompt)
+        return cls(photo, token, decoder * (2 * width**2 + 2 * width * vocab_size), prefix)
 
-    def total(self, photos: float, labels: float) -> float:
-        """Of a step; ``labels`` are the tokens that are predicted."""
-        return self.photo * photos + self.token * (labels + self.prompt * photos) + self.label * labels
+    def total(self, photos: float, captions: float, labels: float) -> float:
+        """Of a step; ``labels`` are the tokens that are predicted, the last of a caption only that."""
+        return self.photo * photos + self.token * (labels - captions + self.prefix * photos) + self.label * labels
 
 
 def encoder_flops(config: Config) -> tuple[float, int, int]:

@@ -140,7 +140,7 @@ class Monitor:
         if "encoder" in self.config.train.what:
             numbers["train/lr_encoder"] = stats.lr * (optim.encoder_lr or optim.lr) / optim.lr
         if self.flops is not None:
-            per_device = self.flops.total(photos, tokens) / seconds / world.size
+            per_device = self.flops.total(photos, captions, tokens) / seconds / world.size
             numbers["speed/model_tflops_per_device"] = per_device / 1e12
             if self._peak is not None:
                 numbers["speed/mfu"] = per_device / self._peak

@@ -74,7 +74,7 @@ class Packed:
     positions_1N: Tensor
     rows: Rows
     labelled_M: Tensor
-    """The numbers of the M tokens that have a label."""
+    """The number of the token that each of M labels should follow."""
     labels_M: Tensor
     row_of_label_M: Tensor
 
@@ -82,15 +82,15 @@ class Packed:
     def of(cls, batch: Batch) -> Self:
         """On a GPU this waits for what is still being computed there."""
         slots_N = (batch.segments.flatten() >= 0).nonzero().squeeze(1)
-        labels_N = batch.labels.flatten()[slots_N]
-        labelled_M = (labels_N != IGNORE).nonzero().squeeze(1)
+        row_of_label_M, turns_M = (batch.labels != IGNORE).nonzero(as_tuple=True)
+        rows = Rows.of(batch.segments, slots_N)
         return cls(
             batch.tokens.flatten()[slots_N][None],
             batch.positions.flatten()[slots_N][None],
-            Rows.of(batch.segments, slots_N),
-            labelled_M,
-            labels_N[labelled_M],
-            slots_N[labelled_M] // batch.segments.shape[1],
+            rows,
+            rows.numbers_BT[row_of_label_M, batch.predictors[row_of_label_M, turns_M]],
+            batch.labels[row_of_label_M, turns_M],
+            row_of_label_M,
         )
 
 

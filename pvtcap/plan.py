@@ -78,13 +78,12 @@ def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
     model = dryrun.meta_captioner(config, _vocab_size(config))
     sizes = Sizes.of(model)
     row_tokens = _row_tokens(config, pieces)
-    prompt = len(_WORDS.findall(config.text.prompt))  # tokens that are not predicted
     step = dryrun.step_bytes(
         model,
         photos=batches.micro_batch,
         image_px=config.data.image_px,
         tokens=row_tokens,
-        labels=batches.micro_batch * max(1, row_tokens - prompt),
+        labels=batches.micro_batch * (row_tokens - _prefix(config) + config.data.captions_per_photo),
         features=None if features is None else features.shape,
     )
     bucket = deepspeed_dict(config, batches)["zero_optimization"]["reduce_bucket_size"]
@@ -145,12 +144,12 @@ def _storage(config: Config, nodes: int, sources: Sources) -> scaling.Storage:
 
 def _assumed_compute(config: Config, captions: float, pieces: float, features: bool) -> scaling.Compute:
     """Of the device that is assumed; a photo has so many captions of so many pieces, and an end token is predicted."""
-    prompt = len(_WORDS.findall(config.text.prompt))
-    labels = captions * max(1.0, min(pieces + 1, config.text.max_tokens - prompt))
-    flops = StepFlops.of(config, _vocab_size(config), prompt, features)
+    prefix = _prefix(config)
+    labels = captions * max(1.0, min(pieces + 1, config.text.max_tokens + 1 - prefix))
+    flops = StepFlops.of(config, _vocab_size(config), prefix, features)
     peak = peak_flops(config, scaling.DEVICE)
     assert peak is not None, "known of this device"
-    photo_flops = flops.total(1, labels)
+    photo_flops = flops.total(1, captions, labels)
     return scaling.Compute.assumed(photo_flops, peak, features=features, compiled=config.train.compile)
 
 
@@ -170,15 +169,20 @@ def _caption_pieces(sources: Sources) -> float:
     return _PIECES_A_WORD * sum(lengths) / max(1, len(lengths))
 
 
+def _prefix(config: Config) -> int:
+    """[DEC] and the prompt, which a photo's captions share."""
+    return 1 + len(_WORDS.findall(config.text.prompt))
+
+
 def _row_tokens(config: Config, pieces: float) -> int:
-    """Tokens of a packed row: the prompt, and captions × (its last token or [DEC], pieces), cut at ``text.max_tokens``.
+    """Tokens of a packed row: what is shared, and the captions' pieces, each cut at ``text.max_tokens``.
 
     A batch is as long as its longest row.
     """
     captions, most = config.data.captions_per_photo, config.text.max_tokens
-    shared = min(len(_WORDS.findall(config.text.prompt)), most)
-    own = min((most - shared) * captions, _LONGEST_ROW * min(most - shared, 1 + pieces) * captions)
-    return max(1, shared + math.ceil(own))
+    shared = min(_prefix(config), most)
+    own = min((most - shared) * captions, _LONGEST_ROW * min(most - shared, pieces) * captions)
+    return shared + math.ceil(own)
 
 
 def _vocab_size(config: Config) -> int:

@@ -69,6 +69,7 @@ class View:
             photos=photos,
             tokens=torch.from_numpy(rows.tokens),
             labels=torch.from_numpy(rows.labels),
+            predictors=torch.from_numpy(rows.predictors),
             positions=torch.from_numpy(rows.positions),
             segments=torch.from_numpy(rows.segments),
             samples=tuple(replace(sample, photo=b"") for sample in samples),

@@ -2,13 +2,14 @@
 
 BERT's uncased WordPiece with BLIP's two extra tokens at the end of the vocabulary: [DEC] begins a caption, [ENC] is
 BLIP's for another task and kept so that its embedding table fits. A caption ends with [SEP]. All captions of a photo
-are packed in one row. What they begin with alike, [DEC] and the prompt but for its last token, is there once; then come
-the captions, each with positions as if it were alone behind that, and a segment number of its own. The mask that keeps
+are packed in one row. What they begin with alike, [DEC] and the prompt, is there once; then come the captions' own
+tokens, with positions as if each caption were alone behind that, and a segment number of its own. The mask that keeps
 them apart is made from the segments in ``packing``.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,15 +33,18 @@ _MOST_KNOWN = 100_000  # words remembered: a bound on memory, far above the word
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A row for each of B photos, with all its chosen captions one after the other; int64 arrays (B, T).
+    """A row for each of B photos, with all its chosen captions one after the other; int64 arrays.
 
-    ``labels[b, t]`` is the token that should follow ``tokens[b, t]``. What the captions share stands first, with label
-    IGNORE and segment SHARED; theirs are 1, 2, …. T is the longest row's; what is behind the others has label IGNORE
-    and a segment of its own, -1.
+    ``tokens``, ``positions`` and ``segments`` are (B, T): first what the captions share, with segment SHARED, then
+    their own, with segments 1, 2, …. T is the longest row's; what is behind the others has a segment of its own, -1.
+    ``labels`` (B, L) are all tokens that are to be predicted, L being as many as a row has at most, and IGNORE behind
+    the others'; ``predictors`` (B, L) the place in the row of the token that each should follow: the last one that is
+    shared has a label of each caption.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
+    predictors: NDArray[np.int64]
     positions: NDArray[np.int64]
     segments: NDArray[np.int64]
 
@@ -94,49 +98,58 @@ class CaptionTokenizer:
         path.write_text("\n".join(self.vocab) + "\n", encoding="utf-8")
 
     def pack(self, photos: Sequence[Sequence[str]], max_tokens: int) -> PackedRows:
-        """A row of each photo's captions. Alone, one is [DEC] prompt words, and its labels words [SEP], the first of
-        which follows the prompt's last token.
+        """A row of each photo's captions. Alone, one is [DEC] prompt words, and its labels are words [SEP].
 
         A caption longer than ``max_tokens`` (begin token and prompt included) is cut, and then has no [SEP] to learn.
         Where no photo has any, a token without a label stands in: a rank that has nothing to learn from takes part.
         """
-        shared, last = self.prefix[:-1][:max_tokens], self.prefix[-1]
-        room = max_tokens + 1 - len(shared)
+        shared = np.array(self.prefix[:max_tokens], dtype=np.int64)
+        room = max(0, max_tokens + 1 - len(self.prefix))
         ids: list[int] = []
-        lengths = []  # of pieces: what is shared, if anything is, and the captions
-        for captions in photos:
-            if captions and shared:
-                ids += [*shared, last]
-                lengths.append(len(shared))
-            for caption in captions:
-                caption_ids = [last, *self._ids(caption), self.end_id][:room]
-                lengths.append(len(caption_ids) - 1)
-                ids += caption_ids
-        # All pieces at once, for a photo's few words are not worth a call of NumPy's each.
-        pieces_of = np.array([len(captions) + bool(captions and shared) for captions in photos])
-        of_piece, all_ids = np.array(lengths, dtype=np.int64), np.array(ids, dtype=np.int64)
-        starts = np.cumsum(of_piece) - of_piece
-        # A piece has one id more than tokens: each is preceded by as many as there are pieces before it.
-        number = np.repeat(np.arange(len(lengths)), of_piece)
-        places = np.arange(len(number)) + number
-        first_of_photo = np.repeat(np.cumsum(pieces_of) - pieces_of, pieces_of)
-        segments = number - first_of_photo[number] + (SHARED if shared else SHARED + 1)
-        positions = np.arange(of_piece.sum()) - np.repeat(starts, of_piece) + len(shared) * (segments != SHARED)
-        following = np.where(segments == SHARED, IGNORE, all_ids[places + 1])
-        row_lengths = np.bincount(np.repeat(np.arange(len(photos)), pieces_of), of_piece, len(photos))
-        used = np.arange(max(1, int(row_lengths.max()))) < row_lengths[:, None]
+        lengths = []
+        for caption in itertools.chain.from_iterable(photos):
+            caption_ids = [*self._ids(caption), self.end_id][:room]
+            lengths.append(len(caption_ids))
+            ids += caption_ids
+        # All captions at once, for a photo's few words are not worth a call of NumPy's each.
+        captions_of = np.array([len(captions) for captions in photos])
+        photo_of = np.repeat(np.arange(len(photos)), captions_of)
+        first_of_photo = np.repeat(np.cumsum(captions_of) - captions_of, captions_of)
+        labels_of, all_ids = np.array(lengths, dtype=np.int64), np.array(ids, dtype=np.int64)
+        tokens_of = np.maximum(labels_of - 1, 0)  # the last one is only predicted
 
-        def rows(values: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
-            filled = np.full(used.shape, fill, dtype=np.int64)
-            filled[used] = values
-            return filled
+        def before(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+            """How many there are in front of each caption in its row."""
+            starts = np.cumsum(counts) - counts
+            found: NDArray[np.int64] = starts - starts[first_of_photo]
+            return found
 
-        found = PackedRows(
-            rows(all_ids[places], self.pad_id), rows(following, IGNORE), rows(positions, 0), rows(segments, -1)
-        )
-        if not lengths:
-            found.segments[0, 0] = SHARED
-        return found
+        def rows(widths: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
+            return np.full((len(photos), max(1, int(widths.max()))), fill, dtype=np.int64)
+
+        caption_of = np.repeat(np.arange(len(lengths)), labels_of)
+        turn = np.arange(len(ids)) - np.repeat(np.cumsum(labels_of) - labels_of, labels_of)
+        place = len(shared) + before(tokens_of)[caption_of] + turn
+        labels = rows(np.bincount(photo_of, labels_of, len(photos)), IGNORE)
+        predictors = np.zeros_like(labels)
+        at = photo_of[caption_of], before(labels_of)[caption_of] + turn
+        labels[at] = all_ids
+        predictors[at] = np.where(turn == 0, len(shared) - 1, place - 1)
+
+        with_captions = captions_of > 0
+        tokens = rows(with_captions * len(shared) + np.bincount(photo_of, tokens_of, len(photos)), self.pad_id)
+        positions, segments = np.zeros_like(tokens), np.full_like(tokens, -1)
+        if lengths:
+            start = slice(len(shared))
+            tokens[with_captions, start], positions[with_captions, start] = shared, np.arange(len(shared))
+            segments[with_captions, start] = SHARED
+        else:
+            segments[0, 0] = SHARED
+        own = turn < tokens_of[caption_of]
+        behind = photo_of[caption_of[own]], place[own]
+        tokens[behind], positions[behind] = all_ids[own], len(shared) + turn[own]
+        segments[behind] = 1 + (caption_of - first_of_photo[caption_of])[own]
+        return PackedRows(tokens, labels, predictors, positions, segments)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Words of a generated row: begin token, prompt, padding and all behind [SEP] left out."""

@@ -229,7 +229,7 @@ def source_losses(batch: Batch, row_losses: list[float], sources: Sources) -> li
 def _flops(job: Job, config: Config) -> StepFlops:
     tokenizer = job.view.tokenizer
     features = job.train.shardsets[0].manifest.features is not None
-    return StepFlops.of(config, tokenizer.size, len(tokenizer.prefix) - 1, features)
+    return StepFlops.of(config, tokenizer.size, len(tokenizer.prefix), features)
 
 
 def dropout_seed(seed: int, step: int, turn: int, rank: int) -> int:

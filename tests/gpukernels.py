@@ -178,8 +178,8 @@ def test_a_decoder_of_kernels_gives_the_loss_and_the_gradients_of_one_without(
     for row, some in zip(segments, lengths, strict=True):
         row[: sum(some)] = torch.arange(len(some)).repeat_interleave(torch.tensor(some))
     tokens, labels = torch.randint(50, segments.shape), torch.randint(50, segments.shape)
-    labels[:, 4:6] = -100
-    batch = Batch(torch.zeros(0), tokens, labels, torch.arange(17).expand(3, -1), segments, (), 6)
+    labels[:, 4:6], labels[segments < 0], positions = -100, -100, torch.arange(17).expand(3, -1)
+    batch = Batch(torch.zeros(0), tokens, labels, positions.clamp(min=3), positions, segments, (), 6)
     patches = torch.randn(3, 5, 32, requires_grad=True)
     learning = [patches, *(one for one in decoder.parameters() if one.requires_grad)]
 

@@ -27,10 +27,10 @@ def test_a_step_needs_what_torch_counts(tree: dict[str, Any], tmp_path: Any, wha
     labels = tokens.clone()
     labels[:, :2] = -100
     photos = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    batch = Batch(photos, tokens, labels, torch.arange(8).expand(3, -1), torch.ones_like(tokens), (), 3)
+    batch = Batch(photos, tokens, labels, *[torch.arange(8).expand(3, -1)] * 2, torch.ones_like(tokens), (), 3)
     with counter() as count:
         model(batch).backward()
-    ours = StepFlops.of(config, 1000, prompt=2, features=False).total(photos=3, labels=18)
+    ours = StepFlops.of(config, 1000, prefix=2, features=False).total(photos=3, captions=0, labels=18)
     # A first layer has no gradient of its input to compute, and self-attention's small products are not counted.
     assert ours == pytest.approx(count.get_total_flops(), rel=0.06)
 
@@ -69,7 +69,7 @@ def test_an_encoder_that_trains_costs_its_backward_pass(tree: dict[str, Any]) ->
 
 def test_features_cost_no_encoder(tree: dict[str, Any]) -> None:
     config = parse(tree, "test")
-    shown, stored = (StepFlops.of(config, 200, prompt=0, features=features) for features in (False, True))
+    shown, stored = (StepFlops.of(config, 200, prefix=0, features=features) for features in (False, True))
     assert stored.photo < shown.photo
     assert (stored.token, stored.label) == (shown.token, shown.label)
 

@@ -75,14 +75,14 @@ def test_scores_and_the_sheet_reach_tensorboard(config: Config, tmp_path: Path) 
 
 def test_what_a_run_is_arranged_by_in_tensorboard(config: Config) -> None:
     """The custom layout's charts, the configuration as text and as hyperparameters, what happened as text."""
-    flops = StepFlops(photo=1e9, token=1e6, label=1e6, prompt=1)
+    flops = StepFlops(photo=1e9, token=1e6, label=1e6, prefix=3)
     fast = config.model_copy(update={"train": config.train.model_copy(update={"device_peak_tflops": 0.1})})
     with Monitor(fast, {}, WORLD, 0, 6, flops) as monitor:
         monitor.step(1, ONE)
         monitor.captioned(1, 2.5)
         monitor.event(1, "something")
     first, captions, _ = lines(config)
-    # 8 photos, 100 + 8 tokens, 100 labels: 8.208 GFLOP in half a second, of a tenth of a TFLOP/s
+    # 8 photos, 100 - 16 + 24 tokens, 100 labels: 8.208 GFLOP in half a second, of a tenth of a TFLOP/s
     assert first["speed/mfu"] == pytest.approx(0.16416)
     assert first["speed/tokens_per_second"] == pytest.approx(200)
     assert first["train/lr_encoder"] == pytest.approx(1e-3)

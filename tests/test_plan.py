@@ -50,7 +50,8 @@ def test_what_the_forward_pass_keeps_is_counted_as_a_real_one_keeps_it(config: C
     tokens = torch.randint(1, 100, (4, 20))
     segments = torch.ones(4, 20, dtype=torch.int64)
     photos = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    batch = Batch(photos=photos, tokens=tokens, labels=tokens, positions=segments, segments=segments, samples=(),
+    batch = Batch(photos=photos, tokens=tokens, labels=tokens, predictors=torch.arange(20).expand(4, -1),
+                  positions=segments, segments=segments, samples=(),
                   num_captions=4)  # fmt: skip
     theirs = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}

@@ -38,9 +38,8 @@ def test_a_rows_loss_is_what_it_costs_alone(config: Config) -> None:
 
     def batch(rows: slice) -> Batch:
         some = tokens[rows]
-        return Batch(
-            photos[rows], some, labels[rows], torch.arange(7).expand_as(some), torch.ones_like(some), (), len(some)
-        )
+        places = torch.arange(7).expand_as(some)
+        return Batch(photos[rows], some, labels[rows], places, places, torch.ones_like(some), (), len(some))
 
     with torch.no_grad():
         total = model(batch(slice(0, 3)))

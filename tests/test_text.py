@@ -22,7 +22,7 @@ def ids(tokenizer: CaptionTokenizer, text: str) -> list[int]:
 
 def only_row(rows: PackedRows) -> PackedRows:
     """Its arrays without their first dimension."""
-    return PackedRows(*(column for (column,) in (rows.tokens, rows.labels, rows.positions, rows.segments)))
+    return PackedRows(*(column for (column,) in vars(rows).values()))
 
 
 def test_a_packed_row_spelled_out() -> None:
@@ -31,11 +31,11 @@ def test_a_packed_row_spelled_out() -> None:
     begin, end = tokenizer.begin_id, tokenizer.end_id
     prompt = ids(tokenizer, "a picture of")
     cats, the_dog = ids(tokenizer, "cat ##s"), ids(tokenizer, "the dog")
-    last = prompt.pop()
-    assert row.tokens.tolist() == [begin, *prompt, last, *cats, last, *the_dog]
-    assert row.labels.tolist() == [*[IGNORE] * 3, *cats, end, *the_dog, end]
-    assert row.positions.tolist() == [0, 1, 2, *range(3, 6), *range(3, 6)]
-    assert row.segments.tolist() == [SHARED] * 3 + [1] * 3 + [2] * 3
+    assert row.tokens.tolist() == [begin, *prompt, *cats, *the_dog]
+    assert row.positions.tolist() == [*range(4), 4, 5, 4, 5]
+    assert row.segments.tolist() == [SHARED] * 4 + [1] * 2 + [2] * 2
+    assert row.labels.tolist() == [*cats, end, *the_dog, end]
+    assert row.predictors.tolist() == [3, 4, 5, 3, 6, 7]  # "of" has the first of both
     assert (tokenizer.begin_id, tokenizer.size) == (len(VOCAB), len(VOCAB) + 2)
 
 
@@ -49,10 +49,10 @@ def test_a_long_caption_is_cut_and_has_no_end_to_learn() -> None:
 def test_padding_has_no_label_and_a_segment_of_its_own() -> None:
     tokenizer = CaptionTokenizer(VOCAB)
     rows = tokenizer.pack([["cat"], ["the dog on the mat", "a"]], 9)
-    assert rows.tokens.shape == (2, 8)
+    assert (rows.tokens.shape, rows.labels.shape) == ((2, 7), (2, 8))
     assert rows.labels[0].tolist()[2:] == [IGNORE] * 6
-    assert rows.segments[0].tolist() == [1, 1, -1, -1, -1, -1, -1, -1]
-    assert rows.tokens[0, 2:].tolist() == [tokenizer.pad_id] * 6
+    assert rows.segments[0].tolist() == [SHARED, 1, -1, -1, -1, -1, -1]
+    assert rows.tokens[0, 2:].tolist() == [tokenizer.pad_id] * 5
 
 
 captions_of_a_photo = st.lists(st.sampled_from(["cat", "dogs", "on the mat", ""]), min_size=1, max_size=4)
@@ -64,28 +64,32 @@ def test_each_row_of_a_batch_is_the_row_of_its_photo_alone(photos: list[list[str
     rows = tokenizer.pack(photos, longest)
     for number, captions in enumerate(photos):
         alone = only_row(tokenizer.pack([captions], longest))
-        for name in ("tokens", "labels", "positions", "segments"):
+        for name in vars(rows):
             row, expected = getattr(rows, name)[number], getattr(alone, name)
             assert row[: len(expected)].tolist() == expected.tolist()
         assert set(rows.segments[number, len(alone.tokens) :].tolist()) <= {-1}
+        assert set(rows.labels[number, len(alone.labels) :].tolist()) <= {IGNORE}
         # And of its captions alone, one behind the other, with what they share before them.
         each = [only_row(tokenizer.pack([[caption]], longest)) for caption in captions]
-        for name in ("tokens", "labels", "positions"):
-            shared = getattr(each[0], name)[each[0].segments == SHARED].tolist()
-            own = [number for row in each for number in getattr(row, name)[row.segments != SHARED].tolist()]
-            assert getattr(alone, name).tolist() == shared + own
-        places = [place for place, row in enumerate(each, start=1) for _ in row.tokens[row.segments != SHARED]]
-        assert alone.segments[alone.segments != SHARED].tolist() == places
-        assert (alone.segments == SHARED).sum() == (3 if prompt else 0)
+        shared = len(tokenizer.prefix)
+        for name in ("tokens", "positions"):
+            own = [value for row in each for value in getattr(row, name)[shared:].tolist()]
+            assert getattr(alone, name).tolist() == getattr(each[0], name)[:shared].tolist() + own
+        places = [place for place, row in enumerate(each, start=1) for _ in row.tokens[shared:]]
+        assert alone.segments.tolist() == [SHARED] * shared + places
+        assert alone.labels.tolist() == [label for row in each for label in row.labels.tolist()]
+        following = [alone.tokens[place] for place in alone.predictors]
+        assert following == [row.tokens[place] for row in each for place in row.predictors]
 
 
-@pytest.mark.parametrize("longest", [1, 3, 4])
+@pytest.mark.parametrize("longest", [1, 3, 4, 5])
 def test_a_caption_has_no_room_behind_a_long_prompt(longest: int) -> None:
     tokenizer = CaptionTokenizer(VOCAB, "a picture of")
-    row = only_row(tokenizer.pack([["cat", "the dog"]], longest))
-    assert row.tokens.tolist() == [*tokenizer.prefix[: min(longest, 3)], *tokenizer.prefix[3:longest] * 2]
-    assert row.labels[: min(longest, 3)].tolist() == [IGNORE] * min(longest, 3)
-    assert row.labels[3:].tolist() == (ids(tokenizer, "cat the") if longest == 4 else [])
+    row = only_row(tokenizer.pack([["cat on", "the dog"]], longest))
+    own = ids(tokenizer, "cat the") if longest == 5 else []
+    labels = {4: "cat the", 5: "cat on the dog"}.get(longest)
+    assert row.tokens.tolist() == [*tokenizer.prefix[:longest], *own]
+    assert row.labels.tolist() == ([IGNORE] if labels is None else ids(tokenizer, labels))
 
 
 def test_where_no_photo_has_a_caption_a_token_without_a_label_stands_in() -> None:
