@@ -2,7 +2,9 @@
 
 A full-size decoder (12 layers, width 768, 30,524 pieces: 137.9M parameters with cross-attention; new weights, which
 cost what trained ones do), eight photos at 384 px with five captions each, AdamW, float32, on this machine's CPUs.
-Two contestants at a time take turns, each in a process of its own; a step is a batch of the same photos and captions:
+Two contestants at a time take turns, each in a process of its own; a step is a batch of the same photos and captions.
+The second step of a turn is measured: while one waits, the kernel takes back what it has freed, and the first step has
+to ask for all of it again, which a training loop does not.
 
     packed       pvtcap's model, the five captions of a photo in one row
     a row each   as BLIP, LAVIS and open_clip train: a caption a row, each with its photo, through transformers' own
@@ -198,9 +200,14 @@ class Process:
         words = ["--photos", args.photos, "--px", args.px, "--contestant", name, folder]
         command = [sys.executable, __file__, *map(str, words)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.step()  # the first warms up
+        self._step()  # the first warms up
 
-    def step(self) -> float:
+    def turn(self) -> float:
+        """The seconds of the second step."""
+        self._step()
+        return self._step()
+
+    def _step(self) -> float:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("step\n")
@@ -230,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=8)
     parser.add_argument("--px", type=int, default=384)
-    parser.add_argument("--repeat", type=int, default=5, help="steps of each that are measured; one is not")
+    parser.add_argument("--repeat", type=int, default=5, help="turns of each, of two steps")
     parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant is not None:
@@ -241,7 +248,7 @@ def main() -> None:
         build(Path(temporary), args.photos, args.px)
         for ours, theirs, goal in PAIRS:
             pair = {name: Process(name, Path(temporary), args) for name in (ours, theirs)}
-            seconds = [{name: process.step() for name, process in pair.items()} for _ in range(args.repeat)]
+            seconds = [{name: process.turn() for name, process in pair.items()} for _ in range(args.repeat)]
             for process in pair.values():
                 process.end()
             rates = {name: [args.photos * CAPTIONS / turn[name] for turn in seconds] for name in pair}
