@@ -144,7 +144,7 @@ def _joined(states_MD: Tensor, *linears: nn.Linear) -> Tensor:
 class WordEmbedding(nn.Embedding):
     """The head's weights, looked up. On a CPU in float32 its gradient has the rows of a step's tokens, and no others.
 
-    torch adds them to the head's own, in place. Dense, it would be zeros first, as large as the vocabulary is, and then
+    torch adds them to a copy of the head's own. Dense, it would be zeros first, as large as the vocabulary is, and then
     read, added and written. In 16 bits, rows that come more than once would be added up in 16 bits.
     """
 
