@@ -41,7 +41,8 @@ from pvtcap.dryrun import StepBytes
 MIB = 1 << 20
 BASE = 790 * MIB  # measured: torch 2.14 (a build with CUDA), DeepSpeed 0.19, transformers 5.24 on Linux
 RESIDUE = 100 * MIB  # measured: what malloc keeps of a step beside the activations and the multiple below
-RESIDUE_OF_WEIGHTS = (0.83, 2.55, 2.2, 2.25)  # measured: times e P, for each stage
+RESIDUE_OF_WEIGHTS = (0.83, 2.55, 2.2, 2.25)  # measured: times e P, for each stage, of a rank that is alone
+_OF_SEVERAL = (0.83, 1.4, 1.25, 2.25)  # of 2 and 4: new parameters are broadcast to where they belong (zerogradients)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def rank_memory(
     points = _points(stage, element, sizes, part, min(whole, bucket_elements))
     highest = max(points, key=lambda point: point.total)
     gathered = element * whole if stage == 3 and ranks > 1 else 0
-    residue = RESIDUE + round(RESIDUE_OF_WEIGHTS[stage] * element * whole)
+    residue = RESIDUE + round((RESIDUE_OF_WEIGHTS if ranks == 1 else _OF_SEVERAL)[stage] * element * whole)
     gradients = 4 * part if stage >= 2 else element * whole
     return RankMemory(
         stage=stage,
