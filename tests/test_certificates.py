@@ -17,15 +17,14 @@ import pytest
 import trustme
 from conftest import ROOT, build_shapes
 from PIL import Image
+from remotesets import QUICK
 from shardserver import ShardServer
 
 from pvtcap.certificates import refused
 from pvtcap.errors import ShardError
-from pvtcap.remote import Retries, fetch_bytes, file_url
+from pvtcap.remote import fetch_bytes, file_url
 from pvtcap.shardcache import ShardCache
 from pvtcap.shardset import ShardSet
-
-QUICK = Retries(tries=3, first_wait_s=0.01, max_wait_s=0.05)
 
 NO_PATHS = ssl.DefaultVerifyPaths(None, None, "SSL_CERT_FILE", "", "SSL_CERT_DIR", "")
 

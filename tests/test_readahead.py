@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import build_shapes
+from remotesets import QUICK
 from shardserver import ShardServer
-from test_remote import QUICK
 
 from pvtcap.errors import ShardError
 from pvtcap.readahead import ReadAhead

@@ -16,19 +16,18 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from remotesets import QUICK
 from shardserver import ShardServer
 from test_full_disk import make_room, small
 
 from pvtcap import filelock, shardcache
 from pvtcap.errors import ShardError
-from pvtcap.remote import Retries
 from pvtcap.shardcache import Mirror, NoRoom, ShardCache, default_folder
 from pvtcap.shardfiles import file_size, sha256_file
 from pvtcap.shardformat import ShardFile
 
 __all__ = ["small"]  # the fixture
 
-QUICK = Retries(tries=3, first_wait_s=0.01, max_wait_s=0.05)
 SIZE = 100_000  # of a file
 # words: CACHE MAX_BYTES MIRROR URL FILES(json) SEED COUNT: hold files of chance, one or two at a time, and check them.
 READERS = """
