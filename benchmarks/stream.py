@@ -2,7 +2,8 @@
 
 The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
 
-    pixels      pvtcap's own decoding functions over photos in memory; nothing is read or sent. The limit.
+    pixels      pvtcap's own decoding functions over photos in memory, into the same batch again and again; nothing
+                is read or sent. The limit.
     pillow      Pillow alone over photos in memory: decode, crop, resize
     pvtcap      train_batches over a ShardSet; it packs five captions a photo, too
     webdataset  the same tars as open_clip reads them: PIL images, torchvision's RandomResizedCrop, ToTensor, Normalize
@@ -83,9 +84,11 @@ def by_pixels(folder: Path, workers: int, first: int) -> Batches:
     from pvtcap import pixels
 
     photos, draw = photos_in_memory(folder, first), np.random.default_rng(0)
+    batch = pixels.room(BATCH, SIDE_PX)
     while True:
-        chosen = itertools.islice(photos, BATCH)
-        yield pixels.stacked([pixels.augmented(raw, "", SIDE_PX, MIN_AREA, 0.5, draw) for raw in chosen])
+        for place, raw in zip(batch, photos, strict=False):
+            pixels.augmented(raw, "", SIDE_PX, MIN_AREA, 0.5, pixels.CropDraw.of(draw), out=place)
+        yield batch
 
 
 def by_pillow(folder: Path, workers: int, first: int) -> Batches:
@@ -337,7 +340,7 @@ def main() -> None:
     parser.add_argument("--open-clip", type=Path, metavar="VENV", help="environment with open_clip_torch; see above")
     parser.add_argument("--workers", type=int, default=1, help="of pvtcap and its peers (default 1; 0: none)")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--num-batches", type=int, default=24, help="timed in a run (default %(default)s)")
+    parser.add_argument("--num-batches", type=int, default=48, help="timed in a run (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one run, of eight batches each")
     parser.add_argument("--write-mds", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)

@@ -103,15 +103,18 @@ class Rooms:
 
     torch would give each batch fresh memory, whose pages cost a worker more time than decoding small photos (0.47 of
     0.55 ms a photo at 384 px). Workers take turns, and the loader asks each for at most ``PREFETCH`` batches beyond
-    those that it has handed out: so the last ``kept`` batches stay as they are.
+    those that it has handed out: so the last ``kept`` batches stay as they are. Without workers it is this process's
+    own, and with ``kept`` 0 as well there is none: each batch gets fresh memory.
     """
 
     PREFETCH = 2
 
     def __init__(self, workers: int, size_bytes: int, kept: int = 1) -> None:
-        self._each = self.PREFETCH + -(-kept // max(1, workers))
-        self._memory: torch.Tensor = torch.empty((workers, self._each, size_bytes), dtype=torch.uint8)
-        self._memory.share_memory_()  # type: ignore[no-untyped-call]
+        self._workers = workers
+        self._each = self.PREFETCH + -(-kept // workers) if workers else kept
+        self._memory: torch.Tensor = torch.empty((max(1, workers), self._each, size_bytes), dtype=torch.uint8)
+        if workers:
+            self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._turn = 0  # each worker process counts its own
         self._number = next(_numbers)
         _known[self._number] = self
@@ -122,12 +125,12 @@ class Rooms:
         _known[self._number] = self
 
     def next(self, size_bytes: int) -> torch.Tensor:
-        """(size_bytes,) uint8: in a worker its next room, elsewhere memory of its own."""
+        """(size_bytes,) uint8: the next room of this worker, or of this process where there are no workers."""
         info = get_worker_info()
-        if info is None or not len(self._memory):
+        if not self._each or (info is None) != (self._workers == 0):
             return torch.empty(size_bytes, dtype=torch.uint8)
         self._turn += 1
-        room: torch.Tensor = self._memory[info.id, self._turn % self._each, :size_bytes]
+        room: torch.Tensor = self._memory[0 if info is None else info.id, self._turn % self._each, :size_bytes]
         return room
 
     def storage(self) -> torch.UntypedStorage:

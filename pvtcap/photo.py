@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from pvtcap import jpeg
 from pvtcap.errors import ShardError
+from pvtcap.jpeg import Pixels
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -35,9 +35,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A JPEG's decoder can halve its sides for little; with at least this many pixels for one of the result, resizing hides
-# it.
-_SPARE = 1.5
 # What Pillow's decoders are known to raise for bytes that are not what they seem.
 _DECODER_ERRORS = (
     OSError,
@@ -50,8 +47,6 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
-
-Pixels = NDArray[np.uint8]
 
 
 class BadPhoto(ShardError):
@@ -82,6 +77,16 @@ def rgb_pixels(raw: bytes, image: Image.Image, least_px: int | None = None, shar
     photo = _quickly(raw, image, least_px, share)
     # The copy is needed: torch wants memory it may write to.
     return np.array(upright_rgb(image)) if photo is None else photo
+
+
+def upright_pixels(raw: bytes, least_px: int | None = None, share: float = 1.0) -> Pixels:
+    """What ``rgb_pixels`` gives, for bytes of which nothing else is wanted. Raises BadPhoto."""
+    size = jpeg.plain_size(raw)
+    photo = None if size is None else jpeg.decoded(raw, size, least_px, share)
+    if photo is not None:
+        return photo
+    with opened(raw) as image:
+        return rgb_pixels(raw, image, least_px, share)
 
 
 def decode_photo(raw: bytes) -> tuple[int, int]:
@@ -133,17 +138,7 @@ def _quickly(raw: bytes, image: Image.Image, least_px: int | None, share: float)
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
-    divisor = 1
-    if least_px is not None:
-        smallest = min(image.size) * share
-        divisor = next((by for by in (8, 4, 2) if smallest >= _SPARE * least_px * by), 1)
-    width, height = (-(-side // divisor) for side in image.size)
-    try:
-        # These minima and no others choose 1 / divisor. Strict: a warning is an error, as of a photo cut short.
-        photo: Pixels = simplejpeg.decode_jpeg(
-            raw, "RGB", min_height=height, min_width=width, min_factor=divisor, strict=True
-        )
-    except ValueError:
+    if (photo := jpeg.decoded(raw, image.size, least_px, share)) is None:
         return None
     turn = _turn(image)
     return photo if turn is None else np.array(Image.fromarray(photo).transpose(turn))

@@ -54,7 +54,7 @@ def views_of(encoded: bytes, where: str, features: FeatureFormat, number: int) -
             side_px,
             features.crop_min_area,
             features.flip_probability,
-            np.random.default_rng([features.seed, _VIEWS, view, number]),
+            pixels.CropDraw.of(np.random.default_rng([features.seed, _VIEWS, view, number])),
         )
         for view, kind in enumerate(features.views)
     ]

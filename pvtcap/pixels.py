@@ -11,7 +11,9 @@ the draw, not on the number of threads or the instructions that a processor has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pvtcap.errors import ShardError
-from pvtcap.photo import BadPhoto, Pixels, opened, rgb_pixels
+from pvtcap.jpeg import Pixels
+from pvtcap.photo import BadPhoto, upright_pixels
 
 BLANK_LEVEL = 127  # grey: near the mean of photos, so a blanked photo is a quiet input and not an odd one
 
@@ -34,6 +37,20 @@ class UndecodablePhoto(ShardError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return UndecodablePhoto, (self.reason, self.detail, self.where)
+
+
+class CropDraw(NamedTuple):
+    """Four numbers in [0, 1): the crop's area from the least to all, where its corner is, whether it is mirrored."""
+
+    area: float
+    top: float
+    left: float
+    flip: float
+
+    @classmethod
+    def of(cls, generator: np.random.Generator) -> CropDraw:
+        """The generator's next four."""
+        return cls(*generator.random(4).tolist())
 
 
 def decode(encoded: bytes, where: object) -> Tensor:
@@ -54,15 +71,14 @@ def augmented(
     side_px: int,
     min_area: float,
     flip_probability: float,
-    draw: np.random.Generator,
+    draw: CropDraw,
     out: Tensor | None = None,
 ) -> Tensor:
     """Encoded photo → (3, side, side) uint8: a random crop of at least ``min_area`` of it with its aspect, made square,
-    perhaps mirrored; written to ``out`` where that is given. Takes four numbers from ``draw``, whatever the photo.
-    Raises UndecodablePhoto.
+    perhaps mirrored; written to ``out`` where that is given. Raises UndecodablePhoto.
     """
-    area, top, left, flip = draw.random(4)
-    share = float(np.sqrt(min_area + (1 - min_area) * area))
+    area, top, left, flip = draw
+    share = math.sqrt(min_area + (1 - min_area) * area)
     photo = _decoded(encoded, where, least_px=side_px, share=share)
     height, width = photo.shape[:2]
     crop_height, crop_width = max(1, round(height * share)), max(1, round(width * share))
@@ -122,9 +138,8 @@ def _standing(lying: Tensor) -> Tensor:
 
 
 def _decoded(encoded: bytes, where: object, least_px: int | None = None, share: float = 1.0) -> Pixels:
-    """(H, W, 3), upright; smaller than it is where ``rgb_pixels`` may make it so."""
+    """(H, W, 3), upright; smaller than it is where ``upright_pixels`` may make it so."""
     try:
-        with opened(encoded) as image:
-            return rgb_pixels(encoded, image, least_px, share)
+        return upright_pixels(encoded, least_px, share)
     except BadPhoto as error:
         raise UndecodablePhoto(error.reason, error.detail, where) from None

@@ -242,7 +242,7 @@ class ShardReader:
                 self._not_the_indexed(shard, index)
         else:
             photo = self._member(opened.tar, span, self.shardset.manifest.photo_suffix, shard, index)
-        return Sample(text.key, text.image_id, text.captions, photo, text.width, text.height, text.source)
+        return text._replace(photo=photo)
 
     def read_text(self, shard: int, index: int) -> Sample:
         """The sample with an empty ``photo``."""

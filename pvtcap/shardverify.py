@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pvtcap.errors import ShardError
@@ -191,7 +191,7 @@ def _read_samples(shardset: ShardSet) -> tuple[list[Sample], list[Problem]]:
             except ShardError as error:
                 problems.append(Problem(entry.file, key, str(error)))
             else:
-                samples.append(replace(sample, photo=b""))
+                samples.append(sample._replace(photo=b""))
                 if size != (sample.width, sample.height):
                     said = f"{sample.width} x {sample.height}"
                     problems.append(

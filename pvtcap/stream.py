@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from pvtcap.config import BatchPlan, DataConfig
 from pvtcap.dist import World
 from pvtcap.errors import ShardError
 from pvtcap.loader import Rooms, Work, load
-from pvtcap.order import Draws
+from pvtcap.order import Draws, Place
 from pvtcap.readahead import ReadAhead
 from pvtcap.shardformat import FeatureFormat
 from pvtcap.shardset import Sample, ShardReader, ShardSet
@@ -72,7 +73,7 @@ class View:
             predictors=torch.from_numpy(rows.predictors),
             positions=torch.from_numpy(rows.positions),
             segments=torch.from_numpy(rows.segments),
-            samples=tuple(replace(sample, photo=b"") for sample in samples),
+            samples=tuple(sample._replace(photo=b"") for sample in samples),
             num_captions=sum(map(len, captions)),
         )
 
@@ -150,6 +151,15 @@ class _Batches(Work[Batch]):
     room_bytes: int
 
 
+class _Item(NamedTuple):
+    """A sample that has been read; ``show`` writes it, as the model is to see it, to its place in the batch."""
+
+    where: str
+    sample: Sample
+    captions: Sequence[str]
+    show: Callable[[Tensor], object]
+
+
 class _TrainBatches(_Batches):
     """Batch ``step * accumulation + turn`` is a micro-batch of one rank, whose slots are neighbours in the order."""
 
@@ -167,24 +177,30 @@ class _TrainBatches(_Batches):
         step, turn = divmod(number, self.plan.accumulation)
         first = step * self.plan.global_batch + self.slots.start + turn * self.plan.micro_batch
         places = [self.order.place(position) for position in range(first, first + self.plan.micro_batch)]
+        # The first photo is decoded when all else is done: decoding drives everything out of the processor's caches, so
+        # that reading takes three times as long between two photos as behind another's reading.
+        items = [self._read(place) for place in places]
         photos = self.view.room(self.rooms, len(places), self.reader.features(places[0]))
-        samples, bad = [], []
-        captions: list[Sequence[str]] = []
-        for place, photo in zip(places, photos, strict=True):
-            self.board.begin(self.reader.number(place), fetching=self.reader.is_remote(place))
-            where = self.reader.where(place)
-            self.board.begin(where)
-            draw = self.draws.at(place.position)
-            sample = self.reader.read(place)
-            chosen = self._chosen_captions(sample, draw)
+        samples, captions, bad = [item.sample for item in items], [item.captions for item in items], []
+        batch = self.view.collate(photos, samples, captions)
+        for row, (item, photo) in enumerate(zip(items, photos, strict=True)):
+            self.board.begin(item.where)
             try:
-                self._show(sample, where, photo, self.reader.features(place), draw)
+                item.show(photo)
             except pixels.UndecodablePhoto as error:
-                bad.append(BadSample(place, where, sample.key, error.reason))
-                photo[:], chosen = pixels.BLANK_LEVEL, []
-            samples.append(sample)
-            captions.append(chosen)
-        return replace(self.view.collate(photos, samples, captions), places=tuple(places), bad=tuple(bad))
+                bad.append(BadSample(places[row], item.where, item.sample.key, error.reason))
+                photo[:], captions[row] = pixels.BLANK_LEVEL, []
+        if bad:
+            batch = self.view.collate(photos, samples, captions)
+        return replace(batch, places=tuple(places), bad=tuple(bad))
+
+    def _read(self, place: Place) -> _Item:
+        self.board.begin(self.reader.number(place), fetching=self.reader.is_remote(place))
+        where = self.reader.where(place)
+        self.board.begin(where)
+        sample, draw = self.reader.read(place), self.draws.at(place.position)
+        captions = self._chosen_captions(sample, draw)
+        return _Item(where, sample, captions, self._shown(sample, where, self.reader.features(place), draw))
 
     def _chosen_captions(self, sample: Sample, draw: np.random.Generator) -> Sequence[str]:
         most = self.view.data.captions_per_photo
@@ -192,17 +208,17 @@ class _TrainBatches(_Batches):
             return sample.captions
         return [sample.captions[number] for number in sorted(draw.permutation(len(sample.captions))[:most])]
 
-    def _show(
-        self, sample: Sample, where: str, photo: Tensor, features: FeatureFormat | None, draw: np.random.Generator
-    ) -> None:
-        data = self.view.data
+    def _shown(
+        self, sample: Sample, where: str, features: FeatureFormat | None, draw: np.random.Generator
+    ) -> Callable[[Tensor], object]:
+        data, encoded = self.view.data, sample.photo
         if features is not None:
-            photo.copy_(featureformat.load(sample.photo, features, int(draw.integers(len(features.views))), where))
-        elif data.blank_photos:
-            photo[:] = pixels.BLANK_LEVEL
-        else:
-            crop, flip = data.crop_min_area, data.flip_probability
-            pixels.augmented(sample.photo, where, data.image_px, crop, flip, draw, out=photo)
+            view = int(draw.integers(len(features.views)))
+            return lambda photo: photo.copy_(featureformat.load(encoded, features, view, where))
+        if data.blank_photos:
+            return lambda photo: photo.fill_(pixels.BLANK_LEVEL)
+        crop, least, flip = pixels.CropDraw.of(draw), data.crop_min_area, data.flip_probability
+        return lambda photo: pixels.augmented(encoded, where, data.image_px, least, flip, crop, out=photo)
 
 
 class _WholeBatches(_Batches):
@@ -220,27 +236,36 @@ class _WholeBatches(_Batches):
     def make(self, number: int) -> Batch:
         first = number * self.micro_batch
         positions = range(first, min(first + self.micro_batch, self.shardset.num_samples))
-        photos = self.view.room(self.rooms, len(positions), self.shardset.manifest.features)
+        read: list[tuple[str, Sample]] = []
         samples: list[Sample] = []
-        missing = []
+        missing: list[tuple[str, str]] = []
         for position in positions:
             shard = int(np.searchsorted(self.starts, position, side="right")) - 1
             index = position - int(self.starts[shard])
             self.board.begin(self.reader.number(shard, index), fetching=self.shardset.mirror is not None)
             where = self.reader.where(shard, index)
             self.board.begin(where)
-            try:
-                sample = self.reader.read(shard, index)
+            with self._missed(self.reader.key(shard, index), missing):
+                read.append((where, self.reader.read(shard, index)))
+        photos = self.view.room(self.rooms, len(positions), self.shardset.manifest.features)
+        for where, sample in read:
+            self.board.begin(where)
+            with self._missed(sample.key, missing):
                 self._show(sample, where, photos[len(samples)])
-            except ShardError as error:
-                if not self.allow_missing:
-                    raise
-                missing.append((self.reader.key(shard, index), str(error)))
-            else:
                 samples.append(sample)
         # A batch of which nothing could be read has one row without a sample.
         captions = [list(sample.captions) for sample in samples] or [[]]
         return replace(self.view.collate(photos[: len(captions)], samples, captions), missing=tuple(missing))
+
+    @contextmanager
+    def _missed(self, key: str, missing: list[tuple[str, str]]) -> Iterator[None]:
+        """What cannot be read in here is noted, if that is allowed."""
+        try:
+            yield
+        except ShardError as error:
+            if not self.allow_missing:
+                raise
+            missing.append((key, str(error)))
 
     def _show(self, sample: Sample, where: str, photo: Tensor) -> None:
         side_px, features = self.view.data.image_px, self.shardset.manifest.features
@@ -255,7 +280,7 @@ class _WholeBatches(_Batches):
 def _load(work: _Batches, numbers: Iterable[int], view: View, world: World, lent: int = 0) -> Iterator[Batch]:
     """The photos of the last ``lent`` batches may lie in the workers' rooms; with none, each batch has its own."""
     workers, on_gpu = view.data.workers, world.device.type == "cuda"
-    work.rooms = Rooms(workers, work.room_bytes, max(1, lent))
+    work.rooms = Rooms(workers, work.room_bytes, max(lent, min(1, workers)))
     batches = load(
         work,
         numbers,

@@ -28,6 +28,7 @@ SHARED = 0  # the segment that all captions of a row see
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _BLIP_TOKENS = ["[DEC]", "[ENC]"]
 _WORDS = re.compile(r"[a-z0-9]+|[^\sa-z0-9]")
+_ID = np.dtype(np.int32)
 _MOST_KNOWN = 100_000  # words remembered: a bound on memory, far above the words of COCO's captions
 
 
@@ -63,8 +64,8 @@ class CaptionTokenizer:
         self.size = len(ids)
         self._tokenizer = _bert_pipeline(Tokenizer(WordPiece(ids, unk_token="[UNK]")))
         self._special = {ids[token] for token in [*_SPECIAL, *_BLIP_TOKENS] if token in ids}
-        self._known: dict[str, list[int]] = {}  # pieces of words
-        self.prefix = [self.begin_id, *self._ids(prompt)]
+        self._known: dict[str, bytes] = {}  # pieces of words
+        self.prefix = [self.begin_id, *np.frombuffer(self._ids(prompt), dtype=_ID).tolist()]
 
     @classmethod
     def from_file(cls, path: Path, prompt: str = "") -> CaptionTokenizer:
@@ -105,17 +106,14 @@ class CaptionTokenizer:
         """
         shared = np.array(self.prefix[:max_tokens], dtype=np.int64)
         room = max(0, max_tokens + 1 - len(self.prefix))
-        ids: list[int] = []
-        lengths = []
-        for caption in itertools.chain.from_iterable(photos):
-            caption_ids = [*self._ids(caption), self.end_id][:room]
-            lengths.append(len(caption_ids))
-            ids += caption_ids
+        end, most_bytes = _ID.type(self.end_id).tobytes(), room * _ID.itemsize
+        texts = [(self._ids(caption) + end)[:most_bytes] for caption in itertools.chain.from_iterable(photos)]
         # All captions at once, for a photo's few words are not worth a call of NumPy's each.
         captions_of = np.array([len(captions) for captions in photos])
         photo_of = np.repeat(np.arange(len(photos)), captions_of)
         first_of_photo = np.repeat(np.cumsum(captions_of) - captions_of, captions_of)
-        labels_of, all_ids = np.array(lengths, dtype=np.int64), np.array(ids, dtype=np.int64)
+        labels_of = np.array([len(text) for text in texts], dtype=np.int64) // _ID.itemsize
+        all_ids = np.frombuffer(b"".join(texts), dtype=_ID)
         tokens_of = np.maximum(labels_of - 1, 0)  # the last one is only predicted
 
         def before(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -127,8 +125,8 @@ class CaptionTokenizer:
         def rows(widths: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
             return np.full((len(photos), max(1, int(widths.max()))), fill, dtype=np.int64)
 
-        caption_of = np.repeat(np.arange(len(lengths)), labels_of)
-        turn = np.arange(len(ids)) - np.repeat(np.cumsum(labels_of) - labels_of, labels_of)
+        caption_of = np.repeat(np.arange(len(texts)), labels_of)
+        turn = np.arange(len(all_ids)) - np.repeat(np.cumsum(labels_of) - labels_of, labels_of)
         place = len(shared) + before(tokens_of)[caption_of] + turn
         labels = rows(np.bincount(photo_of, labels_of, len(photos)), IGNORE)
         predictors = np.zeros_like(labels)
@@ -139,7 +137,7 @@ class CaptionTokenizer:
         with_captions = captions_of > 0
         tokens = rows(with_captions * len(shared) + np.bincount(photo_of, tokens_of, len(photos)), self.pad_id)
         positions, segments = np.zeros_like(tokens), np.full_like(tokens, -1)
-        if lengths:
+        if texts:
             start = slice(len(shared))
             tokens[with_captions, start], positions[with_captions, start] = shared, np.arange(len(shared))
             segments[with_captions, start] = SHARED
@@ -176,26 +174,27 @@ class CaptionTokenizer:
             last = word
         return found
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> bytes:
+        """Of its pieces, one _ID behind the other: lists of numbers lie all over memory, where each waits for it."""
         # Captions are mostly the same few thousand words: looking their pieces up is quicker by far.
         # In printable ASCII, words are what BERT's rules make of it: letters and digits, or one sign.
         if not (text.isascii() and text.isprintable()):
             return self._encoded(text)
-        ids: list[int] = []
-        known = self._known
-        for word in _WORDS.findall(text.lower()):
-            ids += known.get(word) or self._pieces(word)
-        return ids
+        words = _WORDS.findall(text.lower())
+        try:
+            return b"".join(map(self._known.__getitem__, words))
+        except KeyError:
+            return b"".join(map(self._pieces, words))
 
-    def _pieces(self, word: str) -> list[int]:
+    def _pieces(self, word: str) -> bytes:
         if (pieces := self._known.get(word)) is None:
             pieces = self._encoded(word)
             if len(self._known) < _MOST_KNOWN:
                 self._known[word] = pieces
         return pieces
 
-    def _encoded(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def _encoded(self, text: str) -> bytes:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=_ID).tobytes()
 
 
 def _bert_pipeline(tokenizer: Tokenizer) -> Tokenizer:

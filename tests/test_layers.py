@@ -32,7 +32,7 @@ LEVELS = [
         "filelock",
         "weightnames",
     },
-    {"remote", "gpudropout", "shardfiles", "bootstrap", "java", "jobs", "ptb", "cocofiles", "weightfiles"},
+    {"remote", "gpudropout", "shardfiles", "bootstrap", "java", "jobs", "ptb", "cocofiles", "weightfiles", "jpeg"},
     {"gpuattention", "gpuresidual", "gpuloss", "shardcache", "deepspeedops", "zerogradients", "onednn"},
     {"cpuloss", "recipes", "dist", "loader", "order", "shardset", "tarwalk", "scorers"},
     {

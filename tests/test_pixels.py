@@ -6,7 +6,6 @@ import io
 import pickle
 import struct
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from oddphotos import encoded, odd_photos, picture
 from PIL import Image
 from torch.nn import functional
 
+from pvtcap import jpeg, pixels
 from pvtcap import photo as photo_module
-from pvtcap import pixels
 from pvtcap.errors import ShardError
 from pvtcap.photo import BadPhoto, pillow_errors, upright_rgb
 
@@ -28,28 +28,6 @@ DATA = Path(__file__).parents[1].parent / "shared" / "data"
 REAL = ("flickr8k/images", "coco/val2017", "broken/grayscale")
 # Pillow and simplejpeg bring a libjpeg-turbo each. With those at hand all 5,136 real photos are equal to the last bit.
 DECODERS_DIFFER_BY = 1
-
-
-def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
-    """Gradients and a coarse noise: something that has edges and survives JPEG."""
-    width, height = size
-    rng = np.random.default_rng(width * height)
-    coarse = rng.integers(0, 255, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
-    noise = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
-    ramp = np.linspace(0, 255, width, dtype=np.float32)[None, :, None]
-    return Image.fromarray(((noise + ramp) / 2).astype(np.uint8)).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **how: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **how)
-    return out.getvalue()
-
-
-def turned(orientation: int, kind: str = "JPEG") -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(picture((40, 30)), kind, exif=exif)
 
 
 def by_pillow(raw: bytes) -> NDArray[np.uint8] | None:
@@ -86,36 +64,13 @@ def psnr_db(one: torch.Tensor, other: torch.Tensor) -> float:
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-@lru_cache
-def odd_photos() -> dict[str, bytes]:
-    one = picture((90, 61))
-    return {
-        "4:4:4": encoded(one, subsampling=0),
-        "4:2:2": encoded(one, subsampling=1),
-        "4:2:0": encoded(one, subsampling=2),
-        "progressive": encoded(one, progressive=True),
-        "restarts": encoded(one, restart_marker_rows=1),
-        "RGB inside": encoded(one, keep_rgb=True),
-        "grey": encoded(one.convert("L")),
-        "one pixel": encoded(picture((1, 1))),
-        "MPO": encoded(one, "MPO", save_all=True, append_images=[picture((45, 30))]),
-        "CMYK": encoded(one.convert("CMYK")),
-        "PNG": encoded(one, "PNG"),
-        "palette": encoded(one.convert("P"), "PNG"),
-        "clear": encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"),
-        "WebP": encoded(one, "WEBP"),
-        **{f"orientation {number}": turned(number) for number in range(1, 10)},
-        "turned PNG": turned(6, "PNG"),
-    }
-
-
 @pytest.mark.parametrize("kind", odd_photos())
 def test_every_kind_of_photo_looks_as_pillow_shows_it(kind: str) -> None:
     raw = odd_photos()[kind]
     assert_alike(raw)
     photo = pixels.decode(raw, "here")
     assert (photo.dtype, photo.shape[0]) == (torch.uint8, 3)
-    for square in (pixels.whole(raw, "here", 64), pixels.augmented(raw, "here", 64, 0.5, 0.5, draws(0))):
+    for square in (pixels.whole(raw, "here", 64), pixels.augmented(raw, "here", 64, 0.5, 0.5, crop_of(0))):
         assert (square.shape, square.dtype) == ((3, 64, 64), torch.uint8)
     assert torch.equal(pixels.whole(raw, "here", 64), bicubic(photo, 64))
 
@@ -142,6 +97,22 @@ def test_most_photos_never_reach_pillows_decoder(monkeypatch: pytest.MonkeyPatch
         pixels.whole(odd_photos()["CMYK"], "here", 32)
 
 
+PLAIN = ("4:4:4", "4:2:2", "4:2:0", "progressive", "restarts", "grey", "one pixel", "profile", "MPO")
+
+
+def test_plain_jpegs_are_not_even_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be turned or be no RGB is: EXIF, XMP, CMYK, and heads of which one cannot be sure."""
+    sizes = {kind: Image.open(io.BytesIO(raw)).size for kind, raw in odd_photos().items()}
+    assert {kind: jpeg.plain_size(raw) for kind, raw in odd_photos().items()} == {
+        kind: size if kind in PLAIN else None for kind, size in sizes.items()
+    }
+    monkeypatch.setattr(Image, "open", None)
+    for kind in PLAIN:
+        pixels.whole(odd_photos()[kind], "here", 32)
+    with pytest.raises(pixels.UndecodablePhoto):
+        pixels.whole(odd_photos()["orientation 1"], "here", 32)
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_photos_are_upright_and_clear_ones_white(orientation: int) -> None:
     exif, raw = Image.Exif(), io.BytesIO()
@@ -159,6 +130,10 @@ def draws(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def crop_of(seed: int) -> pixels.CropDraw:
+    return pixels.CropDraw.of(draws(seed))
+
+
 @pytest.mark.parametrize("kind", ["4:2:0", "PNG"])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_crop_is_where_the_draw_says(kind: str, seed: int) -> None:
@@ -169,19 +144,19 @@ def test_a_crop_is_where_the_draw_says(kind: str, seed: int) -> None:
     y, x = round(top * (61 - height)), round(left * (90 - width))
     crop = pixels.decode(raw, "here")[:, y : y + height, x : x + width]
     expected = bicubic(crop.flip(2) if flip < 0.5 else crop, 48)
-    assert torch.equal(pixels.augmented(raw, "here", 48, min_area, 0.5, draws(seed)), expected)
+    assert torch.equal(pixels.augmented(raw, "here", 48, min_area, 0.5, crop_of(seed)), expected)
 
 
 def test_a_draw_is_four_numbers_and_all_that_is_random() -> None:
     raw, draw = odd_photos()["4:2:0"], draws(5)
-    first, second = (pixels.augmented(raw, "here", 32, 0.5, 0.5, draw) for _ in range(2))
+    first, second = (pixels.augmented(raw, "here", 32, 0.5, 0.5, pixels.CropDraw.of(draw)) for _ in range(2))
     assert not torch.equal(first, second)
     again = draws(5)
     again.random(4)
-    assert torch.equal(pixels.augmented(raw, "here", 32, 0.5, 0.5, again), second)
-    unmoved = pixels.augmented(raw, "here", 32, 1.0, 0.0, draw)
+    assert torch.equal(pixels.augmented(raw, "here", 32, 0.5, 0.5, pixels.CropDraw.of(again)), second)
+    unmoved = pixels.augmented(raw, "here", 32, 1.0, 0.0, crop_of(5))
     assert torch.equal(unmoved, pixels.whole(raw, "here", 32))
-    mirrored = pixels.augmented(raw, "here", 32, 1.0, 1.0, draw).flip(2)
+    mirrored = pixels.augmented(raw, "here", 32, 1.0, 1.0, crop_of(5)).flip(2)
     assert int((mirrored.int() - unmoved.int()).abs().max()) <= 1
 
 
@@ -191,7 +166,7 @@ def test_threads_do_not_change_a_pixel() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(pixels.augmented(raw, "here", 224, 0.5, 0.5, draws(0)))
+            found.append(pixels.augmented(raw, "here", 224, 0.5, 0.5, crop_of(0)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -212,18 +187,8 @@ def test_large_photos_are_halved_by_the_decoder_with_pixels_to_spare(
     pixels.whole(raw, "here", side_px)
     assert shapes == [(-(-121 // divisor), -(-171 // divisor), 3)]
     # A crop with a quarter of the area has half the sides, and so half the pixels to spare.
-    pixels.augmented(raw, "here", side_px // 2, 0.25, 0.5, _Smallest())
+    pixels.augmented(raw, "here", side_px // 2, 0.25, 0.5, pixels.CropDraw(0, 0, 0, 0))
     assert shapes[1:] == shapes[:1]
-
-
-class _Smallest(np.random.Generator):
-    """Draws the smallest crop."""
-
-    def __init__(self) -> None:
-        super().__init__(np.random.PCG64(0))
-
-    def random(self, *args: object) -> NDArray[np.float64]:  # type: ignore[override]
-        return np.zeros(4)
 
 
 def test_halving_cannot_be_seen() -> None:
@@ -274,7 +239,7 @@ def test_what_is_not_a_whole_photo_is_named_and_can_be_counted(raw: bytes, reaso
     for attempt in (
         lambda: pixels.decode(raw, "shard 7, cat"),
         lambda: pixels.whole(raw, "shard 7, cat", 8),
-        lambda: pixels.augmented(raw, "shard 7, cat", 8, 0.5, 0.5, draws(0)),
+        lambda: pixels.augmented(raw, "shard 7, cat", 8, 0.5, 0.5, crop_of(0)),
     ):
         with pytest.raises(pixels.UndecodablePhoto, match=r"^shard 7, cat: not a (readable )?photo") as caught:
             attempt()
@@ -290,7 +255,9 @@ def test_what_is_not_a_whole_photo_is_named_and_can_be_counted(raw: bytes, reaso
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damaged_photos_are_taken_or_refused_by_both_alike(data: st.DataObject) -> None:
-    raw = bytearray(odd_photos()[data.draw(st.sampled_from(["4:2:0", "4:4:4", "progressive", "restarts", "grey"]))])
+    raw = bytearray(
+        odd_photos()[data.draw(st.sampled_from(["4:2:0", "4:4:4", "progressive", "restarts", "grey", "profile"]))]
+    )
     for _ in range(data.draw(st.integers(1, 3))):
         # Most of a file is scan data; the head is where one byte decides how the rest is read.
         end = data.draw(st.sampled_from([min(700, len(raw)), len(raw)]))
