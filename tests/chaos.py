@@ -33,6 +33,7 @@ from pvtcap import runlog
 
 ROOT = Path(__file__).parents[1]
 STEPS_A_KILL, EVERY = 14, 4
+EVALUATE_EVERY = 28  # steps: as far as a kill waits for an evaluation to begin
 SIGNALS = ("SIGKILL all", "SIGKILL rank", "SIGKILL torchrun", "SIGTERM", "SIGUSR1")
 MOMENTS = ("any", "save", "evaluation")
 
@@ -48,7 +49,7 @@ def configuration(data: Path, run: Path, steps: int) -> dict[str, Any]:
     # AdamW turns rounding into whole steps where a gradient is almost nothing: small steps.
     tree["optim"] = {"lr": 1e-4, "warmup_steps": 5}
     tree["checkpoint"] = {"every_steps": EVERY, "keep_last": 2}
-    tree["evaluate"] |= {"every_steps": 40, "min_length": 0}
+    tree["evaluate"] |= {"every_steps": EVALUATE_EVERY, "min_length": 0}
     return tree
 
 
@@ -110,11 +111,9 @@ def _parent(process: psutil.Process) -> int:
 
 
 def moment_has_come(run: Path, moment: str) -> bool:
-    if moment == "save":
-        return any((run / "checkpoints").glob("*.partial"))
-    if moment == "evaluation":
-        return any((run / "eval").glob("*/parts")) or any((run / "eval").glob("*/evaluation.json"))
-    return True
+    """Whether it saves or evaluates just now."""
+    signs = {"save": (run / "checkpoints", "*.partial"), "evaluation": (run / "eval", "*/parts")}
+    return moment in signs and any(signs[moment][0].glob(signs[moment][1]))
 
 
 def last_step(run: Path) -> int:
@@ -133,14 +132,19 @@ def torment(run: Path, file: Path, kills: int, sizes: list[int], seed: int, say:
             before, delay = last_step(run), draw.uniform(0, 1.5)
             while process.poll() is None and last_step(run) == before:
                 time.sleep(0.01)  # it starts
-            until = time.monotonic() + 4  # a moment that does not come is no reason to let it run to its end
-            while process.poll() is None and not moment_has_come(run, moment) and time.monotonic() < until:
+            # A moment that does not come is no reason to let it run to its end: the kills behind this one need steps.
+            last = STEPS_A_KILL * struck + EVALUATE_EVERY
+            until, now = time.monotonic() + (delay if moment == "any" else 30), "any"
+            while process.poll() is None and last_step(run) < last and time.monotonic() < until:
+                if moment_has_come(run, moment):
+                    time.sleep(delay / 30)
+                    now = moment
+                    break
                 time.sleep(0.001)
-            time.sleep(delay if moment == "any" else delay / 30)
             if process.poll() is None:
                 strike(process, how, draw)
                 outcome.kills[how] += 1
-                say(f"kill {struck + 1}: {how} of {ranks} ranks at {moment}, step {last_step(run)}")
+                say(f"kill {struck + 1}: {how} of {ranks} ranks at {now}, step {last_step(run)}")
         outcome.codes.append(process.wait())
         if outcome.codes[-1] == 0:
             return outcome
@@ -192,12 +196,15 @@ def chaos(
     files = {}
     for name in ("unbroken", "tormented"):
         files[name] = folder / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump(configuration(data, folder / name, STEPS_A_KILL * kills)))
+        steps = STEPS_A_KILL * kills + 2 * EVALUATE_EVERY
+        files[name].write_text(yaml.safe_dump(configuration(data, folder / name, steps)))
     whole = start(files["unbroken"], 2, folder / "unbroken.log")
     if whole.wait() != 0:
         raise SystemExit((folder / "unbroken.log").read_text()[-3000:])
     outcome = torment(folder / "tormented", files["tormented"], kills, sizes, seed, say)
-    return outcome, differences(folder / "tormented", folder / "unbroken", sizes == [2])
+    wrong = differences(folder / "tormented", folder / "unbroken", sizes == [2])
+    struck = outcome.kills.total()
+    return outcome, wrong if struck == kills else [f"killed {struck} times, not {kills}", *wrong]
 
 
 def main() -> None:

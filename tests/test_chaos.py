@@ -10,4 +10,3 @@ from chaos import chaos
 def test_a_run_that_is_killed_now_and_then_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     outcome, wrong = chaos(tmp_path, kills=3, sizes=[2], seed=2, say=print)
     assert wrong == [], outcome
-    assert outcome.kills.total() >= 1, outcome
