@@ -49,19 +49,29 @@ def run() -> int:
 def _pass_signals_on() -> None:
     """SIGUSR1 and SIGTERM go to the ranks; the agent waits for what they do about it. Only a training saves first."""
     import threading
+    import time
 
     import psutil
 
     me = psutil.Process()
 
+    def ranks() -> list[Any]:
+        found = []
+        for child in me.children():
+            with contextlib.suppress(psutil.Error):
+                if "LOCAL_RANK" in child.environ():
+                    found.append(child)
+        return found
+
     def listen() -> None:
         while True:
             asked = signal.sigwait({signal.SIGUSR1, signal.SIGTERM})
             passed_on = signal.SIGUSR1 if "train" in sys.argv else asked
-            for child in me.children():
+            while not (told := ranks()):  # torchrun has yet to start them
+                time.sleep(0.05)
+            for rank in told:
                 with contextlib.suppress(psutil.Error):
-                    if "LOCAL_RANK" in child.environ():
-                        child.send_signal(passed_on)
+                    rank.send_signal(passed_on)
 
     threading.Thread(target=listen, daemon=True).start()
 

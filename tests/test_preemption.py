@@ -126,12 +126,25 @@ def test_asked_to_leave_it_saves_leaves_and_goes_on_as_if_nothing_had_been(
     assert audit.audit(run).is_clean
 
 
+def blocks_sigusr1(process: subprocess.Popen[str]) -> bool:
+    """As launch/torchrun.py does from its first line on."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(mask, 16) >> signal.SIGUSR1 - 1 & 1)
+
+
+def has_ranks(process: subprocess.Popen[str]) -> bool:
+    return len(ranks_of(process)) == 2
+
+
+@pytest.mark.parametrize("begun", [blocks_sigusr1, has_ranks])
 def test_a_notice_that_comes_before_anybody_listens_is_not_lost(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    begun: Callable[[subprocess.Popen[str]], bool], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = start(tmp_path / "run", 2)
-    while not psutil.Process(process.pid).children() or len(ranks_of(process)) < 2:
-        time.sleep(0.02)
+    while not begun(process):
+        time.sleep(0.001)
+    assert begun is has_ranks or not ranks_of(process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=120)
     assert process.returncode == RESUME_ME, err[-4000:]
@@ -160,6 +173,17 @@ def test_a_rank_that_was_killed_is_started_again_from_the_last_checkpoint(
     assert "going on from step 4" in out or "going on from step 8" in out
     end = f"checkpoints/step_{STEPS:08d}/trainable.safetensors"
     assert (run / end).read_bytes() == (unbroken / end).read_bytes()
+
+
+def test_ranks_do_not_outlive_torchrun(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """Nor does what they started; so that the run can be started again at once."""
+    process = start(tmp_path / "run", 2, "train.steps=2000")
+    wait_for_step(tmp_path / "run", process, 3)
+    members = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks_of(process)) == 2
+    process.kill()
+    _, alive = psutil.wait_procs(members, timeout=20)
+    assert not alive
 
 
 def test_a_rank_that_does_not_move_is_named_and_the_run_ends(
