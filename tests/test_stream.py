@@ -86,17 +86,20 @@ def test_batches_are_the_same_for_any_ranks_accumulation_and_workers(shapes: Pat
         assert steps(seen, num_ranks, 0, 5) == expected
 
 
-@pytest.mark.parametrize(("accumulation", "workers"), [(1, 1), (1, 3), (3, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 1), (1, 3), (3, 1), (3, 2), (4, 3), (1, 0), (3, 0)])
 def test_lent_photos_stay_as_they_are_for_a_step(shapes: Path, config: Config, accumulation: int, workers: int) -> None:
     expected = steps(view(shapes / "train", config, global_batch=24), 1, 0, 8)
     seen = view(shapes / "train", config, global_batch=24, micro_batch=24 // accumulation, workers=workers)
     plan = batch_plan(seen[1].data, 1)
     lent = train_batches(*seen, plan, rank(0, 1), seed=3, first_step=0, lent=True)
+    places = set()
     for step in expected:
         batches = list(itertools.islice(lent, plan.accumulation))
-        assert all(batch.photos.is_shared() for batch in batches)
+        assert all(batch.photos.is_shared() == (workers > 0) for batch in batches)
+        places |= {batch.photos.data_ptr() for batch in batches}
         time.sleep(0.1)  # the workers go on as far as they are let
         assert contents(batches) == step
+    assert workers or len(places) == accumulation  # each step's memory is the last one's
 
 
 @pytest.fixture(scope="module")
