@@ -16,12 +16,12 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 
-_START, _SCAN, _APP0, _APP2 = b"\xff\xd8\xff", 0xDA, 0xE0, 0xE2
+_START, _SCAN = b"\xff\xd8\xff", 0xDA
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; all coded after Huffman
-# Quantization and Huffman tables, restarts, comments: nothing that a photo's size, colours or way up depend on.
-_TABLES = (0xDB, 0xC4, 0xDD, 0xFE)
-# What Pillow reads of JFIF and of a colour profile is there; a shorter one may be an error to it.
-_LEAST_BYTES = {_APP0: 16, _APP2: 18}
+# Quantization and Huffman tables, restarts, comments, Adobe's "Ducky": nothing that a photo's size, colours or way up
+# depend on.
+_HARMLESS = (0xDB, 0xC4, 0xDD, 0xFE, 0xEC)
+_JFIF, _EXIF_OR_XMP, _PROFILE, _PHOTOSHOP = 0xE0, 0xE1, 0xE2, 0xED
 # A JPEG's decoder can halve its sides for little; with at least this many pixels for one of the result, resizing hides
 # it.
 _SPARE = 1.5
@@ -44,10 +44,19 @@ def plain_size(raw: bytes) -> tuple[int, int] | None:
             if size is not None or raw[at + 4] != 8 or raw[at + 9] not in (1, 3) or not few:
                 return None
             size = width, height
-        elif marker not in _TABLES and length < _LEAST_BYTES.get(marker, 1 << 16):
+        elif marker not in _HARMLESS and not _is_plain(marker, raw, at + 4, at + 2 + length):
             return None
         at += 2 + length
     return None
+
+
+def _is_plain(marker: int, raw: bytes, start: int, end: int) -> bool:
+    """Whether Pillow finds in ``raw[start:end]`` neither a fault nor how the photo lies."""
+    if marker == _EXIF_OR_XMP:
+        return not raw.startswith((b"Exif", b"http"), start)  # COCO's photos have had their XMP's name struck out
+    if marker == _PHOTOSHOP:
+        return raw[end - 6 : end - 2] != b"8BIM"  # Pillow would look for a length behind its end
+    return (marker == _JFIF and end - start >= 14) or (marker == _PROFILE and end - start >= 16)
 
 
 def decoded(raw: bytes, size: tuple[int, int], least_px: int | None = None, share: float = 1.0) -> Pixels | None:

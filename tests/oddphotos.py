@@ -31,6 +31,19 @@ def turned(orientation: int, kind: str = "JPEG") -> bytes:
     return encoded(picture((40, 30)), kind, exif=exif)
 
 
+def segment(marker: int, content: bytes) -> bytes:
+    """Of a JPEG's head."""
+    return bytes((0xFF, marker)) + (len(content) + 2).to_bytes(2) + content
+
+
+def editors_notes() -> bytes:
+    """As Photoshop leaves them, with a resolution and a name; an XMP whose own name was struck out, as COCO's are."""
+    resolution = b"8BIM\x03\xed\0\0\0\0\0\x10" + bytes((0, 72, 0, 0, 0, 1, 0, 1)) * 2
+    photoshop = b"Photoshop 3.0\0" + resolution + b"8BIM\x04\x04\x03cat\0\0\0\x02ab"
+    xmp = b'XMP\0://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
+    return segment(0xED, photoshop) + segment(0xEC, b"Ducky\0\1\0\4\0\0\0<\0") + segment(0xE1, xmp)
+
+
 @lru_cache
 def odd_photos() -> dict[str, bytes]:
     one = picture((90, 61))
@@ -46,6 +59,7 @@ def odd_photos() -> dict[str, bytes]:
         "one pixel": encoded(picture((1, 1))),
         "profile": encoded(one, icc_profile=profile, comment=b"a comment"),
         "XMP": encoded(one, xmp=b'<x tiff:Orientation="6"/>'),
+        "edited": encoded(one, extra=editors_notes()),
         "MPO": encoded(one, "MPO", save_all=True, append_images=[picture((45, 30))]),
         "CMYK": encoded(one.convert("CMYK")),
         "PNG": encoded(one, "PNG"),

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from oddphotos import encoded, odd_photos, picture
+from oddphotos import encoded, odd_photos, picture, segment
 from PIL import Image
 from torch.nn import functional
 
@@ -97,7 +97,7 @@ def test_most_photos_never_reach_pillows_decoder(monkeypatch: pytest.MonkeyPatch
         pixels.whole(odd_photos()["CMYK"], "here", 32)
 
 
-PLAIN = ("4:4:4", "4:2:2", "4:2:0", "progressive", "restarts", "grey", "one pixel", "profile", "MPO")
+PLAIN = ("4:4:4", "4:2:2", "4:2:0", "progressive", "restarts", "grey", "one pixel", "profile", "edited", "MPO")
 
 
 def test_plain_jpegs_are_not_even_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,21 +256,29 @@ def test_what_is_not_a_whole_photo_is_named_and_can_be_counted(raw: bytes, reaso
 @given(data=st.data())
 def test_damaged_photos_are_taken_or_refused_by_both_alike(data: st.DataObject) -> None:
     raw = bytearray(
-        odd_photos()[data.draw(st.sampled_from(["4:2:0", "4:4:4", "progressive", "restarts", "grey", "profile"]))]
+        odd_photos()[
+            data.draw(st.sampled_from(["4:2:0", "4:4:4", "progressive", "restarts", "grey", "profile", "edited"]))
+        ]
     )
     for _ in range(data.draw(st.integers(1, 3))):
         # Most of a file is scan data; the head is where one byte decides how the rest is read.
         end = data.draw(st.sampled_from([min(700, len(raw)), len(raw)]))
         place = data.draw(st.integers(0, end - 1))
-        match data.draw(st.sampled_from(["change", "cut", "remove", "insert"])):
+        match data.draw(st.sampled_from(["change", "cut", "remove", "insert", "note"])):
             case "change":
                 raw[place] = data.draw(st.integers(0, 255))
             case "cut":
                 del raw[max(2, place) :]
             case "remove":
                 del raw[max(2, place) : max(2, place) + data.draw(st.integers(1, 40))]
-            case _:
+            case "insert":
                 raw[place:place] = data.draw(st.binary(min_size=1, max_size=20))
+            case _:
+                names = [b"Photoshop 3.0\0", b"Exif\0\0", b"XMP\0", b"ICC_PROFILE\0", b"Adobe"]
+                blocks = data.draw(st.lists(st.sampled_from([b"8BIM", b"\x03\xed", b"\0", b"\0\0\0\x10", b"\1\1"])))
+                raw[2:2] = segment(
+                    data.draw(st.integers(0xE0, 0xEF)), data.draw(st.sampled_from(names)) + b"".join(blocks)
+                )
     size = by_header(bytes(raw))
     if size is None or size[0] * size[1] < 4_000_000:  # a flipped bit can make a photo of 80 megapixels, right but slow
         assert_alike(bytes(raw))

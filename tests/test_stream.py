@@ -169,7 +169,7 @@ def test_seeking_to_a_step_reads_that_step_and_nothing_else(
     for first_step in (0, 3, 1_000_000_007):
         reads.clear()
         batch = next(train_batches(*seen, plan, rank(0, 1), seed=0, first_step=first_step))
-        assert len(reads) == 2 * len(batch.samples)  # a photo and its texts
+        assert len(reads) == 4 * len(batch.samples)  # a photo and its texts, and the header of each
 
 
 def test_augmentation_differs_between_epochs_and_blanked_photos_keep_their_captions(
