@@ -21,7 +21,9 @@ _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; all coded after
 # Quantization and Huffman tables, restarts, comments, Adobe's "Ducky": nothing that a photo's size, colours or way up
 # depend on.
 _HARMLESS = (0xDB, 0xC4, 0xDD, 0xFE, 0xEC)
-_JFIF, _EXIF_OR_XMP, _PROFILE, _PHOTOSHOP = 0xE0, 0xE1, 0xE2, 0xED
+_EXIF_OR_XMP, _PHOTOSHOP = 0xE1, 0xED
+# What Pillow reads of JFIF, of a colour profile and of Adobe's note on colours is there; less may be an error to it.
+_LEAST_BYTES = {0xE0: 14, 0xE2: 16, 0xEE: 12}
 # A JPEG's decoder can halve its sides for little; with at least this many pixels for one of the result, resizing hides
 # it.
 _SPARE = 1.5
@@ -56,7 +58,7 @@ def _is_plain(marker: int, raw: bytes, start: int, end: int) -> bool:
         return not raw.startswith((b"Exif", b"http"), start)  # COCO's photos have had their XMP's name struck out
     if marker == _PHOTOSHOP:
         return raw[end - 6 : end - 2] != b"8BIM"  # Pillow would look for a length behind its end
-    return (marker == _JFIF and end - start >= 14) or (marker == _PROFILE and end - start >= 16)
+    return marker in _LEAST_BYTES and end - start >= _LEAST_BYTES[marker]
 
 
 def decoded(raw: bytes, size: tuple[int, int], least_px: int | None = None, share: float = 1.0) -> Pixels | None:

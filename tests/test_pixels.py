@@ -97,7 +97,19 @@ def test_most_photos_never_reach_pillows_decoder(monkeypatch: pytest.MonkeyPatch
         pixels.whole(odd_photos()["CMYK"], "here", 32)
 
 
-PLAIN = ("4:4:4", "4:2:2", "4:2:0", "progressive", "restarts", "grey", "one pixel", "profile", "edited", "MPO")
+PLAIN = (
+    "4:4:4",
+    "4:2:2",
+    "4:2:0",
+    "progressive",
+    "restarts",
+    "RGB inside",
+    "grey",
+    "one pixel",
+    "profile",
+    "edited",
+    "MPO",
+)
 
 
 def test_plain_jpegs_are_not_even_opened_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +269,11 @@ def test_what_is_not_a_whole_photo_is_named_and_can_be_counted(raw: bytes, reaso
 def test_damaged_photos_are_taken_or_refused_by_both_alike(data: st.DataObject) -> None:
     raw = bytearray(
         odd_photos()[
-            data.draw(st.sampled_from(["4:2:0", "4:4:4", "progressive", "restarts", "grey", "profile", "edited"]))
+            data.draw(
+                st.sampled_from(
+                    ["4:2:0", "4:4:4", "progressive", "restarts", "RGB inside", "grey", "profile", "edited"]
+                )
+            )
         ]
     )
     for _ in range(data.draw(st.integers(1, 3))):
