@@ -6,6 +6,9 @@ Two contestants at a time take turns, each in a process of its own; a step is a 
 The second step of a turn is measured: while one waits, the kernel takes back what it has freed, and the first step has
 to ask for all of it again, which a training loop does not.
 
+Captions are as long as COCO's: the lengths (in words and marks) of its tenths take turns, and a row each is filled up
+to the longest of the batch, as it is in training. --lengths 11 makes them all alike, so that nothing is filled up.
+
     packed       pvtcap's model, the five captions of a photo in one row
     a row each   as BLIP, LAVIS and open_clip train: a caption a row, each with its photo, through transformers' own
                  BlipTextLMHeadModel behind the same encoder and projection, with the same dropout (BLIP's 0.1)
@@ -51,6 +54,7 @@ from pvtcap.train import train_step
 
 ROOT = Path(__file__).parents[1]
 VOCAB, CAPTIONS, LENGTH = 30_524, 5, 11
+TENTHS = (8, 8, 9, 9, 10, 10, 11, 12, 13, 15)  # of the 25,014 of COCO's val2017: the middle of each tenth
 WORDS = "a the man woman dog cat red blue on in grass street with two sits runs near old small table"
 
 
@@ -68,7 +72,7 @@ def configuration(folder: Path, photos: int, px: int) -> dict[str, Any]:
 
 
 def build(folder: Path, photos: int, px: int, lengths: Sequence[int] = (LENGTH,), *options: str) -> None:
-    """A ShardSet of 4 × ``photos`` of noise with captions as long as COCO's: ten words and a half.
+    """A ShardSet of 4 × ``photos`` of noise with captions as long as COCO's are in the middle: ten words and a half.
 
     ``lengths`` of captions take turns; ``options`` are the builder's.
     """
@@ -238,6 +242,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=8)
     parser.add_argument("--px", type=int, default=384)
     parser.add_argument("--repeat", type=int, default=5, help="turns of each, of two steps")
+    parser.add_argument("--lengths", type=int, nargs="+", default=TENTHS, help="of captions (default: COCO's tenths)")
     parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant is not None:
@@ -245,7 +250,7 @@ def main() -> None:
         return
     rows, seen = [], {}
     with tempfile.TemporaryDirectory() as temporary:
-        build(Path(temporary), args.photos, args.px)
+        build(Path(temporary), args.photos, args.px, args.lengths)
         for ours, theirs, goal in PAIRS:
             pair = {name: Process(name, Path(temporary), args) for name in (ours, theirs)}
             seconds = [{name: process.turn() for name, process in pair.items()} for _ in range(args.repeat)]
@@ -255,7 +260,7 @@ def main() -> None:
             rows.append(Row.of("a training step", "captions/s", rates, goal=goal))
             seen[f"{ours} / {theirs}"] = seconds
     title = f"{args.photos} photos × {CAPTIONS} captions a step, {torch.get_num_threads()} threads"
-    options = {"photos": args.photos, "px": args.px, "repeat": args.repeat}
+    options = {"photos": args.photos, "px": args.px, "lengths": args.lengths, "repeat": args.repeat}
     report("train_step", title, rows, {"options": options, "seconds": seen})
 
 

@@ -65,6 +65,9 @@ def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) 
     if zero.stage in (1, 2):
         # DeepSpeed would cut up each gradient for those who need a part of it, and yet send all of it to all.
         tree["zero_optimization"].setdefault("reduce_scatter", False)
+    if zero.stage == 2 and zero.offload == "none" and config.precision == "fp32" and plan.world_size == 1:
+        # There is nobody to reduce with: neither into a bucket nor from it into the rank's part (zerogradients).
+        tree["zero_optimization"].setdefault("contiguous_gradients", False)
     return tree
 
 

@@ -13,7 +13,8 @@ reading DeepSpeed 0.19 and from measuring it on CPUs, and ``benchmarks/memory.py
                   at the higher one of two points, since not all are there at the same time:
                   the end of the backward pass, when gradients are reduced
                       ZeRO-0      gradients e P, and their flat copy e b
-                      ZeRO-1, 2   the bucket 4 b (e b in ZeRO-2), and its flat copy
+                      ZeRO-1, 2   the bucket 4 b (e b in ZeRO-2), and its flat copy; a lone rank of ZeRO-2 in float32
+                                  has neither, and the highest point is the step
                       ZeRO-3      a rank's part 4 p, the bucket e b, and twice that for reducing it; and with more
                                   than one rank the gathered parameters e P (DeepSpeed keeps what is used again within
                                   ``max_reuse_distance``, 10^9 elements, and these models are smaller)
@@ -41,7 +42,7 @@ from pvtcap.dryrun import StepBytes
 MIB = 1 << 20
 BASE = 790 * MIB  # measured: torch 2.14 (a build with CUDA), DeepSpeed 0.19, transformers 5.24 on Linux
 RESIDUE = 100 * MIB  # measured: what malloc keeps of a step beside the activations and the multiple below
-RESIDUE_OF_WEIGHTS = (0.83, 2.55, 2.2, 2.25)  # measured: times e P, for each stage, of a rank that is alone
+RESIDUE_OF_WEIGHTS = (0.83, 2.55, 1.4, 2.25)  # measured: times e P, for each stage, of a rank that is alone
 _OF_SEVERAL = (0.83, 1.4, 1.25, 2.25)  # of 2 and 4: new parameters are broadcast to where they belong (zerogradients)
 
 

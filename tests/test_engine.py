@@ -227,6 +227,31 @@ def test_the_deepspeed_dictionary_is_plain_and_says_what_the_configuration_says(
     assert settings["zero_optimization"]["stage"] == 2
 
 
+@pytest.mark.parametrize("micro_batch", [8, 4])
+def test_a_lone_rank_learns_the_same_from_gradients_where_they_lie(
+    run_ranks: RankFunction, plain: dict[str, Any], tmp_path: Path, micro_batch: int
+) -> None:
+    """To the last bit what it learns from those that DeepSpeed copies to a bucket and from there to the rank's part."""
+    copied = tmp_path / "copied.json"
+    copied.write_text('{"zero_optimization": {"contiguous_gradients": true}}')
+    variants: list[dict[str, Any]] = [{}, {"zero": {"deepspeed_json": str(copied)}}]
+    for variant in variants:
+        variant["data"] = {"micro_batch": micro_batch}
+    ((lying, moved),) = run_ranks("test_engine:stages", 1, tree=plain, variants=variants)
+    assert lying == moved
+
+
+def test_only_a_lone_rank_in_fp32_has_its_gradients_where_they_lie(config: Config) -> None:
+    def settings(ranks: int, **changes: object) -> dict[str, Any]:
+        found: dict[str, Any] = deepspeed_dict(config.model_copy(update=changes), batch_plan(config.data, ranks))
+        return found["zero_optimization"]  # type: ignore[no-any-return]
+
+    offloading = config.zero.model_copy(update={"offload": "optimizer"})
+    assert settings(1)["contiguous_gradients"] is False
+    for other in (settings(2), settings(1, precision="bf16"), settings(1, zero=offloading)):
+        assert "contiguous_gradients" not in other
+
+
 @pytest.mark.long
 def test_compilation_changes_no_losses(run_ranks: RankFunction, plain: dict[str, Any]) -> None:
     variants: list[dict[str, Any]] = [{}, {"train": {"compile": True}}]
