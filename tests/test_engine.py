@@ -289,7 +289,7 @@ def test_a_deepspeed_file_of_ones_own_is_merged_and_must_not_contradict(config: 
     file = tmp_path / "mine.json"
     changed = config.model_copy(update={"zero": config.zero.model_copy(update={"deepspeed_json": file})})
     plan = batch_plan(config.data, 1)
-    ours = {"stage": "auto", "reduce_bucket_size": 1000, "reduce_scatter": True}
+    ours = {"stage": "auto", "reduce_bucket_size": 1000, "reduce_scatter": True, "contiguous_gradients": True}
     mine = {"zero_optimization": ours, "wall_clock_breakdown": True}
     file.write_text(json.dumps(mine))
     settings = deepspeed_dict(changed, plan)
