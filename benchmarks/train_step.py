@@ -72,7 +72,7 @@ def configuration(folder: Path, photos: int, px: int) -> dict[str, Any]:
 
 
 def build(folder: Path, photos: int, px: int, lengths: Sequence[int] = (LENGTH,), *options: str) -> None:
-    """A ShardSet of 4 × ``photos`` of noise with captions as long as COCO's are in the middle: ten words and a half.
+    """A ShardSet of 4 × ``photos`` of noise with captions of COCO's usual length: ten words and a half.
 
     ``lengths`` of captions take turns; ``options`` are the builder's.
     """

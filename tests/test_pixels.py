@@ -267,15 +267,7 @@ def test_what_is_not_a_whole_photo_is_named_and_can_be_counted(raw: bytes, reaso
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damaged_photos_are_taken_or_refused_by_both_alike(data: st.DataObject) -> None:
-    raw = bytearray(
-        odd_photos()[
-            data.draw(
-                st.sampled_from(
-                    ["4:2:0", "4:4:4", "progressive", "restarts", "RGB inside", "grey", "profile", "edited"]
-                )
-            )
-        ]
-    )
+    raw = bytearray(odd_photos()[data.draw(st.sampled_from(PLAIN))])
     for _ in range(data.draw(st.integers(1, 3))):
         # Most of a file is scan data; the head is where one byte decides how the rest is read.
         end = data.draw(st.sampled_from([min(700, len(raw)), len(raw)]))
