@@ -6,8 +6,8 @@ gathers before it reduces gradients. Rajbhandari et al., "ZeRO", 2020, has the f
 reading DeepSpeed 0.19 and from measuring it on CPUs, and ``benchmarks/memory.py`` compares the sum with ranks.
 
     parameters    e (P + F); ZeRO-3: e (P + F) / n
-    optimizer     float32 master weights and Adam's two moments: 12 p; ZeRO-0 in float32: 8 P, the parameters being
-                  their own master; ZeRO-0 in 16 bits: 12 P
+    optimizer     float32 master weights and Adam's two moments: 12 p; in float32 the parameters are their own master
+                  but for ZeRO-3 (``zerogradients``): 8 p; ZeRO-0: so much times n
     activations   what the forward pass keeps for the backward pass: counted by ``dryrun``
     gradients, buffers, temporary
                   at the higher one of two points, since not all are there at the same time:
@@ -20,7 +20,7 @@ reading DeepSpeed 0.19 and from measuring it on CPUs, and ``benchmarks/memory.py
                                   ``max_reuse_distance``, 10^9 elements, and these models are smaller)
                   the optimizer's step
                       ZeRO-0      gradients e P
-                      ZeRO-1, 2   a rank's part 4 p and its flat copy 4 p
+                      ZeRO-1, 2   a rank's part 4 p and its flat copy 4 p, which a lone rank does without in float32
                       ZeRO-3      the same, the bucket, which stays, and the gathered parameters, as malloc does
     base          on CPUs only: Python, torch, transformers and DeepSpeed, before there is a model (measured)
 
@@ -42,7 +42,7 @@ from pvtcap.dryrun import StepBytes
 MIB = 1 << 20
 BASE = 790 * MIB  # measured: torch 2.14 (a build with CUDA), DeepSpeed 0.19, transformers 5.24 on Linux
 RESIDUE = 100 * MIB  # measured: what malloc keeps of a step beside the activations and the multiple below
-RESIDUE_OF_WEIGHTS = (0.83, 2.55, 1.4, 2.25)  # measured: times e P, for each stage, of a rank that is alone
+RESIDUE_OF_WEIGHTS = (0.83, 2.55, 0.1, 2.25)  # measured: times e P, for each stage, of a rank that is alone
 _OF_SEVERAL = (0.83, 1.4, 1.25, 2.25)  # of 2 and 4: new parameters are broadcast to where they belong (zerogradients)
 
 
@@ -102,9 +102,8 @@ def rank_memory(
     parameters = element * (whole + sizes.frozen)
     if stage == 3:
         parameters = -(-parameters // ranks)
-    optimizer = 12 * part
-    if stage == 0:
-        optimizer = (8 if precision == "fp32" else 12) * whole
+    own_master = precision == "fp32" and stage < 3
+    optimizer = (8 if own_master else 12) * (part if stage else whole)
     points = _points(stage, element, sizes, part, min(whole, bucket_elements))
     highest = max(points, key=lambda point: point.total)
     gathered = element * whole if stage == 3 and ranks > 1 else 0
@@ -130,7 +129,8 @@ def _points(stage: int, element: int, sizes: Sizes, part: int, bucket: int) -> t
         gradients = element * whole
         return _Point(gradients, element * bucket), _Point(gradients, 0)
     staged = element if stage >= 2 else 4
-    step = _Point(4 * part, staged * bucket if stage == 3 else 0, 4 * part)
+    flat = 0 if part == whole and element == 4 and stage < 3 else 4 * part
+    step = _Point(4 * part, staged * bucket if stage == 3 else 0, flat)
     if stage == 3:
         return _Point(4 * part, 3 * staged * bucket), step
     return _Point(0, 2 * staged * bucket), step
