@@ -141,19 +141,6 @@ def _joined(states_MD: Tensor, *linears: nn.Linear) -> Tensor:
     return functional.linear(states_MD, torch.cat(weights), torch.cat([one.bias for one in linears]))
 
 
-class WordEmbedding(nn.Embedding):
-    """The head's weights, looked up. On a CPU in float32 its gradient has the rows of a step's tokens, and no others.
-
-    torch adds them to a copy of the head's own. Dense, it would be zeros first, as large as the vocabulary is, and then
-    read, added and written. In 16 bits, rows that come more than once would be added up in 16 bits.
-    """
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32 or torch.compiler.is_compiling():
-            return super().forward(tokens)
-        return functional.embedding(tokens, self.weight, self.padding_idx, sparse=True)
-
-
 class Head(nn.Linear):
     """The product with the vocabulary; in training on a GPU in 16 bits, one with a few pieces more.
 

@@ -1,9 +1,10 @@
-"""The product with the vocabulary and its cross-entropy, on a CPU in float32: one tensor of logits for all of it.
+"""The vocabulary's weights on a CPU in float32, looked up and multiplied with, and the cross-entropy of the product.
 
-torch makes one of logits, one of their logarithms of probabilities, one of zeros that the labels are put in, and one of
-gradients. Here the first is overwritten until it is the last.
+Of logits, their logarithms of probabilities, zeros that the labels are put in, and gradients torch makes a tensor
+each. Here the first is overwritten until it is the last. And the gradient of what was looked up is added to the
+product's: torch makes another one as large as the vocabulary, or, of its rows alone (``sparse``), copies the product's.
 
-Shapes: M tokens with a label, D width, V pieces.
+Shapes: N tokens, M of them with a label, D width, V pieces.
 """
 
 from __future__ import annotations
@@ -11,18 +12,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from pvtcap import onednn
 
 
-def cross_entropies(hidden_MD: Tensor, head: nn.Linear, labels_M: Tensor, smoothing: float) -> Tensor:
-    """(M,), in nats, where ``onednn.suits`` the head's weight.
+def looked_up(tokens: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of these tokens (…, D), and the weight, of which ``cross_entropies`` is to make its product."""
+    rows, weight = _LookedUp.apply(tokens, weight_VD)
+    return rows, weight
+
+
+def cross_entropies(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_M: Tensor, smoothing: float) -> Tensor:
+    """(M,), in nats, where ``onednn.suits`` the weight.
 
     ``smoothing`` as in torch, of Szegedy et al., 2016: so much of a label is all V pieces.
     """
-    losses: Tensor = _CrossEntropies.apply(hidden_MD, head.weight, head.bias, labels_M, smoothing)
+    losses: Tensor = _CrossEntropies.apply(hidden_MD, weight_VD, bias_V, labels_M, smoothing)
     return losses
+
+
+class _LookedUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens)
+        return functional.embedding(tokens, weight), weight.view(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (tokens,), (of_rows, of_weight) = ctx.saved_tensors, gradients
+        # In place: nobody else has the product's gradient.
+        return None, of_weight.index_add_(0, tokens.flatten(), of_rows.flatten(0, -2))
 
 
 class _CrossEntropies(torch.autograd.Function):

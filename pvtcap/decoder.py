@@ -26,7 +26,6 @@ from pvtcap.bertlayers import (
     PhotoAttention,
     PhotoCache,
     ResidualNorm,
-    WordEmbedding,
 )
 from pvtcap.config import EvaluateConfig, ModelConfig
 from pvtcap.packing import Packed, has_kernels
@@ -65,7 +64,6 @@ class Decoder(nn.Module):
                 output.__class__, output.LayerNorm.__class__ = AttentionOutput, ResidualNorm
             layer.output.__class__, layer.output.LayerNorm.__class__ = FeedForwardOutput, ResidualNorm
         self.lm.cls.predictions.decoder.__class__ = Head
-        self.lm.bert.embeddings.word_embeddings.__class__ = WordEmbedding
         # BLIP's decoder has no token types. BERT's two would be a constant added to every token.
         types = self.lm.bert.embeddings.token_type_embeddings
         nn.init.zeros_(types.weight)
@@ -98,8 +96,14 @@ class Decoder(nn.Module):
         self._differs(rows.mask_B1TT, 2, 3)
         self._differs(rows.numbers_BT, 1)
         self._differs(rows.padding_BT, 1)
+        words: dict[str, Tensor] = {"input_ids": packed.tokens_1N}
+        weight_VD = self.lm.cls.predictions.decoder.weight  # of the words as well
+        fused = onednn.suits(weight_VD) and not self._compiled
+        if fused:
+            rows_1ND, weight_VD = cpuloss.looked_up(packed.tokens_1N, weight_VD)
+            words = {"inputs_embeds": rows_1ND}
         hidden_ND = self.lm.bert(
-            input_ids=packed.tokens_1N,
+            **words,
             token_type_ids=torch.zeros_like(packed.tokens_1N),
             position_ids=packed.positions_1N,
             # Attention looks at ``rows`` instead. A mask of four dimensions keeps BERT from making one of N × N.
@@ -112,7 +116,13 @@ class Decoder(nn.Module):
         hidden_MD, labels_M = hidden_ND.index_select(0, packed.labelled_M), packed.labels_M
         self._differs(hidden_MD, 0)
         self._differs(labels_M, 0)
-        losses_M = self._losses(hidden_MD, labels_M)
+        if fused:
+            head = self.lm.cls.predictions
+            losses_M = cpuloss.cross_entropies(
+                head.transform(hidden_MD), weight_VD, head.decoder.bias, labels_M, self._smoothing
+            )
+        else:
+            losses_M = self._losses(hidden_MD, labels_M)
         self.row_losses_B = losses_M.new_zeros(len(patches_BPD)).index_add_(0, packed.row_of_label_M, losses_M.detach())
         return losses_M.sum()
 
@@ -121,20 +131,20 @@ class Decoder(nn.Module):
         if self._compiled:
             torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
 
+    @property
+    def _smoothing(self) -> float:
+        return self.label_smoothing if self.training else 0.0
+
     def _cross_entropies(self, hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
         """Cross-entropies (M, float32) of what follows these tokens."""
-        smoothing = self.label_smoothing if self.training else 0.0
-        predictions = self.lm.cls.predictions
-        if onednn.suits(predictions.decoder.weight):
-            return cpuloss.cross_entropies(predictions.transform(hidden_MD), predictions.decoder, labels_M, smoothing)
         logits_MV = self.lm.cls(hidden_MD)
         if has_kernels(logits_MV) and len(labels_M):
             from pvtcap import gpuloss
 
-            return gpuloss.cross_entropies(logits_MV, labels_M, self.lm.config.vocab_size, smoothing)
-        if smoothing:  # is spread over all pieces, and over none that only Head has
+            return gpuloss.cross_entropies(logits_MV, labels_M, self.lm.config.vocab_size, self._smoothing)
+        if self._smoothing:  # is spread over all pieces, and over none that only Head has
             logits_MV = logits_MV[:, : self.lm.config.vocab_size]
-        return functional.cross_entropy(logits_MV.float(), labels_M, reduction="none", label_smoothing=smoothing)
+        return functional.cross_entropy(logits_MV.float(), labels_M, reduction="none", label_smoothing=self._smoothing)
 
     @torch.inference_mode()
     def generate(self, patches_BPD: Tensor, prefix: list[int], end_id: int, pad_id: int, how: EvaluateConfig) -> Tensor:
