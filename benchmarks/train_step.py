@@ -2,9 +2,10 @@
 
 A full-size decoder (12 layers, width 768, 30,524 pieces: 137.9M parameters with cross-attention; new weights, which
 cost what trained ones do), eight photos at 384 px with five captions each, AdamW, float32, on this machine's CPUs.
-Two contestants at a time take turns, each in a process of its own; a step is a batch of the same photos and captions.
-The second step of a turn is measured: while one waits, the kernel takes back what it has freed, and the first step has
-to ask for all of it again, which a training loop does not.
+Contestants take turns, each in a process of its own; a step is a batch of the same photos and captions. The second
+step of a turn is measured: while one waits, the kernel takes back what it has freed, and the first step has to ask for
+all of it again, which a training loop does not. Each round has new processes, since where in memory one happens to lie
+changes its step by some 5 %.
 
 Captions are as long as COCO's: the lengths (in words and marks) of its tenths take turns, and a row each is filled up
 to the longest of the batch, as it is in training. --lengths 11 makes them all alike, so that nothing is filled up.
@@ -197,21 +198,22 @@ PAIRS = (
 )
 
 
+TOGETHER = (
+    ("packed", "packed, features", "a row each", "a row each, features"),
+    ("whole loop", "bare loop"),
+)
+
+
 class Process:
-    """A contestant in a process of its own, which takes a step when told to: neither has the other's memory."""
+    """A contestant in a process of its own, which takes a step when told to: none has another's memory."""
 
     def __init__(self, name: str, folder: Path, args: argparse.Namespace) -> None:
         words = ["--photos", args.photos, "--px", args.px, "--contestant", name, folder]
         command = [sys.executable, __file__, *map(str, words)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._step()  # the first warms up
 
-    def turn(self) -> float:
-        """The seconds of the second step."""
-        self._step()
-        return self._step()
-
-    def _step(self) -> float:
+    def step(self) -> float:
+        """The seconds that it took; what it takes to get ready is not among them."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("step\n")
@@ -224,6 +226,20 @@ class Process:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def one_round(names: Sequence[str], folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step of each, in processes that start together."""
+    processes = {name: Process(name, folder, args) for name in names}
+    for process in processes.values():
+        process.step()  # all are ready and warm before any is measured
+    seconds = {}
+    for name, process in processes.items():
+        process.step()
+        seconds[name] = process.step()
+    for process in processes.values():
+        process.end()
+    return seconds
 
 
 SECONDS = "seconds: "
@@ -241,27 +257,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=8)
     parser.add_argument("--px", type=int, default=384)
-    parser.add_argument("--repeat", type=int, default=5, help="turns of each, of two steps")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds: new processes, a turn of two steps each")
     parser.add_argument("--lengths", type=int, nargs="+", default=TENTHS, help="of captions (default: COCO's tenths)")
     parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant is not None:
         take_part(args.contestant[0], Path(args.contestant[1]), args)
         return
-    rows, seen = [], {}
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         build(Path(temporary), args.photos, args.px, args.lengths)
-        for ours, theirs, goal in PAIRS:
-            pair = {name: Process(name, Path(temporary), args) for name in (ours, theirs)}
-            seconds = [{name: process.turn() for name, process in pair.items()} for _ in range(args.repeat)]
-            for process in pair.values():
-                process.end()
-            rates = {name: [args.photos * CAPTIONS / turn[name] for turn in seconds] for name in pair}
-            rows.append(Row.of("a training step", "captions/s", rates, goal=goal))
-            seen[f"{ours} / {theirs}"] = seconds
+        rounds = [[one_round(names, Path(temporary), args) for _ in range(args.repeat)] for names in TOGETHER]
+    for ours, theirs, goal in PAIRS:
+        seconds = next(one for one in rounds if ours in one[0])
+        rates = {name: [args.photos * CAPTIONS / one[name] for one in seconds] for name in (ours, theirs)}
+        rows.append(Row.of("a training step", "captions/s", rates, goal=goal))
     title = f"{args.photos} photos × {CAPTIONS} captions a step, {torch.get_num_threads()} threads"
     options = {"photos": args.photos, "px": args.px, "lengths": args.lengths, "repeat": args.repeat}
-    report("train_step", title, rows, {"options": options, "seconds": seen})
+    report("train_step", title, rows, {"options": options, "seconds": rounds})
 
 
 if __name__ == "__main__":
