@@ -196,12 +196,10 @@ PAIRS = (
     ("packed, features", "a row each, features", None),
     ("whole loop", "bare loop", 0.95),
 )
-
-
 TOGETHER = (
     ("packed", "packed, features", "a row each", "a row each, features"),
     ("whole loop", "bare loop"),
-)
+)  # who take part in the same rounds
 
 
 class Process:

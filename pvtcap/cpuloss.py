@@ -19,7 +19,10 @@ from pvtcap import onednn
 
 
 def looked_up(tokens: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of these tokens (…, D), and the weight, of which ``cross_entropies`` is to make its product."""
+    """The rows of these tokens (…, D), and the weight, of which ``cross_entropies`` is to make its product.
+
+    No token is padding, whose row ``nn.Embedding`` gives no gradient: ``packing`` has left it out.
+    """
     rows, weight = _LookedUp.apply(tokens, weight_VD)
     return rows, weight
 

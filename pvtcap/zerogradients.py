@@ -30,11 +30,12 @@ def taken_at_once(optimizer: Any) -> None:
     if deepspeed.__version__.startswith(_BUFFERS) and hasattr(optimizer, "_get_compact_grad_partition_buffer"):
         if torch.distributed.get_backend() == "gloo":
             stage_1_and_2.all_gather_dp_groups = _gather_parameters
-        if torch.distributed.get_world_size() == 1:
+        alone = torch.distributed.get_world_size() == 1
+        if alone:
             optimizer.buffered_reduce_fallback = _reduce_alone
         if optimizer.dtype == torch.float32 and not optimizer.cpu_offload:
             _share_master_weights(optimizer)
-            if torch.distributed.get_world_size() == 1 and type(optimizer.optimizer) is AdamW:
+            if alone and type(optimizer.optimizer) is AdamW:
                 optimizer.step = _StepAlone(optimizer)
         at_once = _AtOnce(optimizer)
         optimizer.get_grad_norm_direct = at_once.norm
