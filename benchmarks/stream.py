@@ -12,8 +12,10 @@ The same JPEGs, as batches of 32 random crops of 384 × 384 px, by
     streaming   mosaicml-streaming over its own MDS files with the same JPEGs and the transforms of webdataset
 
 each in a process of its own that is held, with its workers, to one CPU and one thread: what comes in a second is what
-a core gives. As other work may share that CPU, photos are counted by CPU second, too (process and workers; start and
-first batches left out): medians of --repeat runs, which take turns. Then the seconds to the first batch, imports left
+a core gives. What it reads lies in the kernel's cache of files by then: the loops over photos in memory read nothing
+while they are timed, and minutes pass between two turns, in which a kernel may drop it (a tenth of our time for small
+photos). As other work may share that CPU, photos are counted by CPU second, too (process and workers; start and first
+batches left out): medians of --repeat runs, which take turns. Then the seconds to the first batch, imports left
 out (those of pvtcap's fork server too, which 'pvtcap train' begins before it imports DeepSpeed): at the start, and
 (once) when going on after 90 % of an epoch, with the workers and without. webdataset reads again what came before:
 with decoding, as a plain loop does, or ("reading") without.
@@ -207,6 +209,7 @@ WAYS: dict[str, tuple[Callable[[Path, int, int], Batches], tuple[str, ...]]] = {
     "open_clip": (open_clip, ("open_clip_train.data", "open_clip")),
     "streaming": (streaming, ("streaming", "torchvision")),
 }
+READ_BY = {"open_clip": "clip", "streaming": "mds"}  # the others: shards
 PEERS = ("open_clip", "streaming")  # in environments of their own
 NUMBERS = (  # what is measured, its name, its unit, and whether less is better
     ("photos_per_cpu_s", "batches", "photos a CPU s", False),
@@ -240,6 +243,8 @@ def measure(way: str, folder: Path, workers: int, first: int, num_batches: int) 
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     next(by_pillow(folder, 0, 0))  # what all of them use is warm
+    for path in (folder / READ_BY.get(way, "shards")).rglob("*.*"):
+        path.read_bytes()
     batches_of, modules = WAYS[way]
     for name in modules:
         importlib.import_module(name)
