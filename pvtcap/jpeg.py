@@ -61,21 +61,25 @@ def _is_plain(marker: int, raw: bytes, start: int, end: int) -> bool:
     return marker in _LEAST_BYTES and end - start >= _LEAST_BYTES[marker]
 
 
-def decoded(raw: bytes, size: tuple[int, int], least_px: int | None = None, share: float = 1.0) -> Pixels | None:
+def decoded(
+    raw: bytes, size: tuple[int, int], least_px: int | None = None, share: float = 1.0, into: Pixels | None = None
+) -> Pixels | None:
     """(H, W, 3) uint8 of a faultless JPEG of ``size`` (width, height) pixels, as it lies; None for any other.
 
     A large one comes at a half, a quarter or an eighth of its size where that leaves ``share`` of each side with pixels
-    to spare for ``least_px``.
+    to spare for ``least_px``. It lies in the memory of ``into`` if there is room for it, and else in memory of its own.
     """
     divisor = 1
     if least_px is not None:
         smallest = min(size) * share
         divisor = next((by for by in (8, 4, 2) if smallest >= _SPARE * least_px * by), 1)
     width, height = (-(-side // divisor) for side in size)
+    if into is not None and 3 * width * height > into.nbytes:
+        into = None
     try:
         # These minima and no others choose 1 / divisor. Strict: a warning is an error, as of a photo cut short.
         photo: Pixels = simplejpeg.decode_jpeg(
-            raw, "RGB", min_height=height, min_width=width, min_factor=divisor, strict=True
+            raw, "RGB", min_height=height, min_width=width, min_factor=divisor, buffer=into, strict=True
         )
     except ValueError:
         return None

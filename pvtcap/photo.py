@@ -79,10 +79,12 @@ def rgb_pixels(raw: bytes, image: Image.Image, least_px: int | None = None, shar
     return np.array(upright_rgb(image)) if photo is None else photo
 
 
-def upright_pixels(raw: bytes, least_px: int | None = None, share: float = 1.0) -> Pixels:
-    """What ``rgb_pixels`` gives, for bytes of which nothing else is wanted. Raises BadPhoto."""
+def upright_pixels(raw: bytes, least_px: int | None = None, share: float = 1.0, into: Pixels | None = None) -> Pixels:
+    """What ``rgb_pixels`` gives, for bytes of which nothing else is wanted; it may lie in the memory of ``into``.
+    Raises BadPhoto.
+    """
     size = jpeg.plain_size(raw)
-    photo = None if size is None else jpeg.decoded(raw, size, least_px, share)
+    photo = None if size is None else jpeg.decoded(raw, size, least_px, share, into)
     if photo is not None:
         return photo
     with opened(raw) as image:

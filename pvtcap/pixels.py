@@ -12,6 +12,7 @@ the draw, not on the number of threads or the instructions that a processor has.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from pvtcap.jpeg import Pixels
 from pvtcap.photo import BadPhoto, upright_pixels
 
 BLANK_LEVEL = 127  # grey: near the mean of photos, so a blanked photo is a quiet input and not an odd one
+# When it has been decoded, a photo of which half the area is to fill 384 px is at most 1,629 px on its short side: this
+# is for those, and twice as long.
+_DESK_BYTES = 16 << 20
 
 
 class UndecodablePhoto(ShardError):
@@ -62,7 +66,7 @@ def whole(encoded: bytes, where: object, side_px: int, out: Tensor | None = None
     """Encoded photo → (3, side, side) uint8, uncropped; written to ``out`` where that is given. Raises
     UndecodablePhoto.
     """
-    return _square(_decoded(encoded, where, least_px=side_px), side_px, out)
+    return _square(_decoded(encoded, where, side_px, into=_desk.memory), side_px, out)
 
 
 def augmented(
@@ -79,7 +83,7 @@ def augmented(
     """
     area, top, left, flip = draw
     share = math.sqrt(min_area + (1 - min_area) * area)
-    photo = _decoded(encoded, where, least_px=side_px, share=share)
+    photo = _decoded(encoded, where, side_px, share, into=_desk.memory)
     height, width = photo.shape[:2]
     crop_height, crop_width = max(1, round(height * share)), max(1, round(width * share))
     y, x = round(top * (height - crop_height)), round(left * (width - crop_width))
@@ -137,9 +141,25 @@ def _standing(lying: Tensor) -> Tensor:
     return lying[None].permute(0, 3, 1, 2)
 
 
-def _decoded(encoded: bytes, where: object, least_px: int | None = None, share: float = 1.0) -> Pixels:
+class _Desk(threading.local):
+    """Where a thread decodes photos that it makes square at once, each over the last one.
+
+    An allocator has another place for each, which the processor's caches must fetch first: 4 to 5 % of the time of
+    decoding and resizing. Pages that no photo has reached take no memory.
+    """
+
+    def __init__(self) -> None:
+        self.memory: Pixels = np.empty(_DESK_BYTES, np.uint8)
+
+
+_desk = _Desk()
+
+
+def _decoded(
+    encoded: bytes, where: object, least_px: int | None = None, share: float = 1.0, into: Pixels | None = None
+) -> Pixels:
     """(H, W, 3), upright; smaller than it is where ``upright_pixels`` may make it so."""
     try:
-        return upright_pixels(encoded, least_px, share)
+        return upright_pixels(encoded, least_px, share, into)
     except BadPhoto as error:
         raise UndecodablePhoto(error.reason, error.detail, where) from None
