@@ -49,7 +49,7 @@ def tree(folder: Path, stage: int, ranks: int, args: argparse.Namespace) -> dict
         "text": {"vocab": str(folder / "vocab.txt")},
         "model": {"encoder_weights": str(folder / "encoder.pth"), "decoder": "scratch", "decoder_layers": args.layers},
         "train": {"what": "projection+decoder+encoder" if args.encoder else "projection+decoder", "steps": 1000},
-        "zero": {"stage": stage},
+        "zero": {"stage": stage, "offload": args.offload},
         "precision": args.precision,
     }
 
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--offload", choices=("none", "optimizer", "optimizer+parameters"), default="none")
     parser.add_argument("--encoder", action="store_true", help="train the encoder as well")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])

@@ -98,7 +98,9 @@ def plan(config: Config, name: str, nodes: int, gpus_per_node: int) -> Plan:
         why_no_steps=why,
         num_shards=shards,
         row_tokens=row_tokens,
-        memory=tuple(rank_memory(sizes, step, stage, config.precision, ranks, bucket) for stage in range(4)),
+        memory=tuple(
+            rank_memory(sizes, step, stage, config.precision, ranks, bucket, config.zero.offload) for stage in range(4)
+        ),
         speed=_speed(config, batches, nodes, sizes, pieces, sources),
         checkpoint_bytes=size,
         checkpoint_seconds=size / _DISK_BYTES_S if seconds is None else seconds,
@@ -234,6 +236,8 @@ def _memory_table(found: Plan, config: Config) -> Table:
     table.add_section()
     table.add_row("highest, on a CPU", *(f"{one.peak / _GIB:.2f}" for one in found.memory))
     table.add_row("highest, on a GPU", *(f"{one.gpu / _GIB:.2f}" for one in found.memory))
+    if config.zero.offload != "none":
+        table.add_row("offloaded to its host", *(f"{one.host / _GIB:.2f}" for one in found.memory))
     return table
 
 
@@ -248,6 +252,8 @@ def _print_speed(found: Plan, config: Config, console: Console) -> None:
         f"assumed: {scaling.ACHIEVED:.0%} of a network's rate, {scaling.INSIDE.name} inside a node, "
         f"{speed.overlap:.0%} of the sending during compute, {scaling.DECODED_PER_CORE_S:.0f} photos a second and core"
     )
+    if config.zero.offload != "none":
+        console.print("not in it: what offloading takes, copies to the host and the optimizer's step on its cores")
     if (storage := speed.storage) is None:
         return
     again = f", {storage.again:.0%} of it again in each later one" if storage.again < 1 else ""

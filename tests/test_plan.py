@@ -23,7 +23,7 @@ from pvtcap.configfile import load, parse
 from pvtcap.dryrun import meta_captioner, step_bytes
 from pvtcap.errors import ConfigError
 from pvtcap.plan import plan, print_plan
-from pvtcap.rankmemory import Sizes, rank_memory
+from pvtcap.rankmemory import RankMemory, Sizes, rank_memory
 from pvtcap.scaling import NETWORKS
 
 
@@ -107,6 +107,26 @@ def test_each_stage_shares_out_what_it_is_for(config: Config) -> None:
     assert halved[2].parameters == four[2].parameters / 2
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_offloaded_is_the_hosts_and_not_the_gpus(config: Config, precision: str) -> None:
+    def planned(offload: str) -> tuple[RankMemory, ...]:
+        zero = config.zero.model_copy(update={"stage": 3, "offload": offload})
+        return plan(config.model_copy(update={"precision": precision, "zero": zero}), "", 1, 2).memory
+
+    none, optimizer, both = map(planned, ("none", "optimizer", "optimizer+parameters"))
+    element, part = 4 if precision == "fp32" else 2, -(-sizes(config).trained // 2)
+    assert [one.host for one in none] == [0, 0, 0, 0]
+    assert optimizer[0] == none[0]  # there is nothing to offload without ZeRO
+    for stage in (1, 2, 3):
+        assert optimizer[stage].optimizer == 12 * part
+        assert optimizer[stage].host == (20 if stage == 3 else 16 + element) * part
+        assert none[stage].gpu - optimizer[stage].gpu >= none[stage].optimizer + 4 * part
+        assert optimizer[stage].peak > none[stage].peak  # where there is no GPU, it only costs
+    assert both[:3] == optimizer[:3]
+    moved = optimizer[3].parameters
+    assert (both[3].host - optimizer[3].host, optimizer[3].gpu - both[3].gpu) == (moved, moved)
+
+
 def test_less_is_kept_where_activations_are_computed_again(tree: dict[str, Any]) -> None:
     tree["model"] |= {"decoder_layers": 6}
     kept = plan(parse(tree, "test"), "", 1, 1).memory[2].activations
@@ -177,7 +197,7 @@ def test_the_command_prints_it_for_people_and_for_scripts(tree: dict[str, Any], 
         subprocess.run(
             [sys.executable, "-m", "pvtcap", "plan", str(file), *more], capture_output=True, text=True, check=True
         ).stdout
-        for more in ([], ["--json"])
+        for more in ([], ["--json"], ["zero.stage=2", "zero.offload=optimizer"])
     ]
     assert "global batch 8 = 8 × 1 rank × 1 accumulated" in said[0]
     assert "6 steps" in said[0]
@@ -185,4 +205,6 @@ def test_the_command_prints_it_for_people_and_for_scripts(tree: dict[str, Any], 
     assert "each node reads 8 of 8 lanes" in said[0]
     found = json.loads(said[1])
     assert found["memory"]["2"]["peak"] > 0
+    told = "offloaded to its host", "not in it: what offloading takes"
+    assert [[line in text for line in told] for text in (said[0], said[2])] == [[False, False], [True, True]]
     assert found["speed"]["rows"][0]["captions_s"] > 0
