@@ -22,6 +22,7 @@ from transformers.models.bert.modeling_bert import (
     BertSelfOutput,
 )
 
+from pvtcap.onednn import Linear
 from pvtcap.packing import Rows, attend_to_caption, attend_to_photo, draws_masks, dropout_mask, has_kernels
 
 # transformers 5.24 changed its name.
@@ -141,7 +142,7 @@ def _joined(states_MD: Tensor, *linears: nn.Linear) -> Tensor:
     return functional.linear(states_MD, torch.cat(weights), torch.cat([one.bias for one in linears]))
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The product with the vocabulary; in training on a GPU in 16 bits, one with a few pieces more.
 
     GPUs read 16 bytes at a time where each row begins at a multiple of 16 bytes, and BERT's 30,522 or BLIP's 30,524

@@ -64,6 +64,7 @@ class Decoder(nn.Module):
                 output.__class__, output.LayerNorm.__class__ = AttentionOutput, ResidualNorm
             layer.output.__class__, layer.output.LayerNorm.__class__ = FeedForwardOutput, ResidualNorm
         self.lm.cls.predictions.decoder.__class__ = Head
+        onednn.quicken(self.lm)
         # BLIP's decoder has no token types. BERT's two would be a constant added to every token.
         types = self.lm.bert.embeddings.token_type_embeddings
         nn.init.zeros_(types.weight)
