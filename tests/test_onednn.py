@@ -57,6 +57,17 @@ def test_torchs_own_is_taken_to_learn_from_and_in_16_bits(calls: list[int]) -> N
     assert calls == []
 
 
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_compiler_sees_torchs_own_for_any_number_of_rows(learning: bool, calls: list[int]) -> None:
+    ours = layer()
+    compiled = torch.compile(ours, backend="aot_eager", dynamic=True, fullgraph=True)
+    for rows in (FEW, FEW + 2):
+        x = torch.randn(rows, 24)
+        with torch.set_grad_enabled(learning):
+            torch.testing.assert_close(compiled(x), functional.linear(x, ours.weight, ours.bias))
+    assert calls == []
+
+
 @needs_it
 def test_the_decoder_makes_captions_with_it(calls: list[int]) -> None:
     small = ModelConfig(decoder_layers=1, decoder_width=32, decoder_heads=2, decoder_feedforward=64)
