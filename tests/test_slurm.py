@@ -157,12 +157,13 @@ def test_before_its_time_limit_it_saves_and_is_queued_again(
     assert [one["code"] for one in starts] == [75] * len(starts)
 
 
-def processes_on(node: str) -> list[psutil.Process]:
-    """What Slurm runs on a node: all nodes are this machine."""
+def processes_on(cluster: SlurmCluster, node: str) -> list[psutil.Process]:
+    """What Slurm runs on a node: all nodes are this machine, and so may those of another test's cluster be."""
+    ours = {"SLURMD_NODENAME": node, "SLURM_CONF": cluster.environment["SLURM_CONF"]}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURMD_NODENAME") == node:
+            if ours.items() <= process.environ().items():
                 found.append(process)
     return found
 
@@ -173,7 +174,7 @@ def test_a_rank_and_then_a_whole_node_die_and_it_comes_back_without_a_person(
     file, run = configured(tmp_path, shapes, checkpoint={"every_steps": 2}), tmp_path / "run"
     job = cluster.sbatch("--nodes", "2", TRAIN, str(file), cwd=tmp_path)
     wait_for_step(cluster, job, run, 5)
-    (rank,) = (one for one in processes_on("n2") if "LOCAL_RANK" in one.environ() and "-u" in one.cmdline())
+    (rank,) = (one for one in processes_on(cluster, "n2") if "LOCAL_RANK" in one.environ() and "-u" in one.cmdline())
     rank.kill()
     deadline = time.monotonic() + 120
     while int(cluster.job(job)["Restarts"]) < 1:
@@ -181,7 +182,7 @@ def test_a_rank_and_then_a_whole_node_die_and_it_comes_back_without_a_person(
         time.sleep(0.2)
     wait_for_step(cluster, job, run, max(losses(run)) + 3)
     cluster.stop("n2", signal.SIGKILL)
-    for process in processes_on("n2"):
+    for process in processes_on(cluster, "n2"):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     deadline = time.monotonic() + 120
