@@ -20,6 +20,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))
 if [ "$NPROC" -eq 1 ] && [ -z "${MAX_RESTARTS:-}" ]; then
     exec "$python" -m pvtcap "$@"
 fi
-# --standalone finds a free port, so two runs on one machine never meet.
+# --standalone finds free ports, and torchrun.py keeps them: two runs on one machine never meet.
 exec "$python" "$here/torchrun.py" --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" \
     -m pvtcap "$@"

@@ -52,8 +52,11 @@ class Node:
         )
 
 
-def lead(node: Node, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """The first node: hear all, compare, tell all. Where the ranks are to meet, and what each node has said."""
+def lead(node: Node, facts: dict[str, Any], port: int = 0) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The first node: hear all, compare, tell all. Where the ranks are to meet, and what each node has said.
+
+    ``port`` is for the ranks, on this node; 0 where none are started.
+    """
     server = _listen(node)
     heard, connections = {0: facts}, dict[int, socket.socket]()
     server.settimeout(1.0)
@@ -74,7 +77,7 @@ def lead(node: Node, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[int, d
             continue
         heard[hello["index"]], connections[hello["index"]] = hello["facts"], connection
     problem = _problem(node, heard)
-    plan = {"address": _address(node), "port": _free_port()}
+    plan = {"address": _address(node), "port": port}
     for connection in connections.values():
         with contextlib.suppress(OSError):  # that node has died since: its ranks will be missed, and Slurm knows
             _send(connection, {"problem": problem, **plan})
@@ -166,12 +169,6 @@ def _address(node: Node) -> str:
     fields = slurm("scontrol", "--oneliner", "show", "node", node.names[0]).split()
     found = [field.split("=", 1)[1] for field in fields if field.startswith("NodeAddr=")]
     return found[0] if found else node.names[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])
 
 
 def processes() -> int:

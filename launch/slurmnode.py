@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import heldport
 import torchrun
 from meeting import Node, NodeError, follow, lead, processes, slurm
 
@@ -39,7 +40,8 @@ def main(words: list[str]) -> int:
             return _doctor(node, words)
         facts = _facts(words)
         if node.index == 0:
-            plan, heard = lead(node, facts)
+            held = heldport.hold()  # until this process ends, and with it the last rank
+            plan, heard = lead(node, facts, held.getsockname()[1])
             _introduce(node, plan, heard)
         else:
             plan = follow(node, facts)

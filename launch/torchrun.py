@@ -15,10 +15,13 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import heldport
 
 RESUME_ME = 75  # as pvtcap.preemption has it
 MARK = "PVTCAP_RESUME_MARK"
@@ -31,10 +34,15 @@ def run() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     # Ranks that are started again would meet in the store of the first, and find the addresses of the dead.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    import torch.distributed.elastic.rendezvous.api as rendezvous
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torchrun's own lets go of the port that it finds. Whoever asks the kernel for one while rank 0 still imports may
+    # be given that, and the ranks would call a stranger.
+    held: list[socket.socket] = []
+    rendezvous.get_free_port = lambda: _next_held(held)
     _pass_signals_on()
     with tempfile.TemporaryDirectory(prefix="pvtcap-") as folder:
         mark = Path(folder) / "resume-me"
@@ -44,6 +52,14 @@ def run() -> int:
         except ChildFailedError as error:
             return _explained(error)
         return RESUME_ME if mark.exists() else 0
+
+
+def _next_held(held: list[socket.socket]) -> int:
+    """A port for the ranks that start now; those before them have ended, and theirs is given back."""
+    while held:
+        held.pop().close()
+    held.append(heldport.hold())
+    return int(held[0].getsockname()[1])
 
 
 def _pass_signals_on() -> None:

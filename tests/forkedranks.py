@@ -13,7 +13,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -62,8 +61,9 @@ class ForkedRanks:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._server is None:
-            here = str(Path(__file__).parent)
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here, "CUDA_VISIBLE_DEVICES": ""}
+            here = Path(__file__).parent
+            path = os.pathsep.join([str(here), str(here.parent / "launch")])
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
             self._server = subprocess.Popen(
                 [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, start_new_session=True,
@@ -87,23 +87,23 @@ def serve() -> None:
 
 def _world(function: str, size: int, arguments: dict[str, Any], out: str, log: str) -> str:
     """Fork its ranks and wait for them: how it ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    import heldport  # of launch/, which processes that only import conftest do not know
+
     ranks = {}
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            _rank(function, rank, size, port, arguments, out, log)
-        ranks[child] = rank
-    ended = "whole"
-    while ranks:
-        child, status = os.wait()
-        rank = ranks.pop(child)
-        if status and ended == "whole":
-            ended = f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}"
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
+    with heldport.hold() as held:
+        for rank in range(size):
+            child = os.fork()
+            if child == 0:
+                _rank(function, rank, size, held.getsockname()[1], arguments, out, log)
+            ranks[child] = rank
+        ended = "whole"
+        while ranks:
+            child, status = os.wait()
+            rank = ranks.pop(child)
+            if status and ended == "whole":
+                ended = f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}"
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
     return ended
 
 

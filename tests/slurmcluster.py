@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
+import heldport
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "sinfo")
@@ -33,22 +34,13 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=_WHERE) is None]
 
 
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 class SlurmCluster:
     """Nodes n1, n2, …, each with ``cpus`` CPUs; partitions ``low`` and ``high``, whose jobs preempt those of low."""
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2) -> None:
         self.folder, self.nodes, self.cpus = folder, [f"n{number + 1}" for number in range(nodes)], cpus
-        self._ports = dict(zip([*self.nodes, "ctld"], free_ports(nodes + 1), strict=True))
+        self._held = {name: heldport.hold() for name in (*self.nodes, "ctld")}
+        self._ports = {name: held.getsockname()[1] for name, held in self._held.items()}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **os.environ,
@@ -83,6 +75,8 @@ class SlurmCluster:
             self.run("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
         for name in [*self.nodes, "slurmctld", "munged"]:
             self.stop(name)
+        for held in self._held.values():
+            held.close()
 
     def start_node(self, node: str) -> None:
         self._start(node, "-D", "-N", node, program="slurmd")
@@ -198,8 +192,11 @@ class SlurmCluster:
             for node in self.nodes
         )
         listed = ",".join(self.nodes)
+        # Where ranks meet follows from the number of their job: two clusters on this machine have other numbers.
+        first = 1 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         return f"""
 ClusterName=test
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={self._ports["ctld"]}
 SlurmUser={user}

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import heldport
 import pytest
 import yaml
 from conftest import ROOT, build_shapes, tiny_tree
@@ -98,11 +98,17 @@ def server(tmp_path: Path) -> Iterator[Server]:
     yield from serve(tmp_path / "served", tmp_path / "port")
 
 
-def test_every_command_does_what_the_pages_say(tmp_path: Path, server: Server) -> None:
+@pytest.fixture
+def port() -> Iterator[str]:
+    with heldport.hold() as held:
+        yield str(held.getsockname()[1])
+
+
+def test_every_command_does_what_the_pages_say(tmp_path: Path, server: Server, port: str) -> None:
     folder = tmp_path / "pvtcap"
     _furnish(folder, server)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": _free_port(),
+    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": port,
                    "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
                    "HF_HOME": str(tmp_path / "hub")}  # fmt: skip
     said, count = "", 0
@@ -232,12 +238,6 @@ def _coco_results(folder: Path) -> None:
     ]
     images = [{"id": row["image_id"]} for row in rows]
     (folder / "captions_val2014.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def _tensorboard_answers(line: str, folder: Path, environment: dict[str, str]) -> None:

@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
 
 FACTS = {"version": "0.1.0", "places": {"data": "abc"}, "problem": None, "processes": 1, "threads": 1}
 
 
 @pytest.fixture
-def slurmnode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+def slurmnode() -> ModuleType:
     import slurmnode
 
     return slurmnode
