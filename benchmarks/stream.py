@@ -69,10 +69,14 @@ def pvtcap(folder: Path, workers: int, first: int) -> Batches:
 
 
 def begin_workers() -> None:
-    """As 'pvtcap train' does at its start, before seconds of importing DeepSpeed; here it is waited for."""
+    """As 'pvtcap train' does at its start, before seconds of importing DeepSpeed; here it is waited for.
+
+    Each process would read the script that started it again, and what this one imports takes 50 ms; pvtcap's own script
+    is not read again, and webdataset's processes are forked from this one.
+    """
     from pvtcap.processes import begin_server, forking_server
 
-    begin_server(["pvtcap.stream"])
+    begin_server(["pvtcap.stream", "__main__"])
     first = forking_server([]).Process(target=int)
     first.start()
     first.join()

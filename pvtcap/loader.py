@@ -10,6 +10,7 @@ does not tell is which photo a worker was reading when it was killed or when it 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import time
@@ -112,9 +113,12 @@ class Rooms:
     def __init__(self, workers: int, size_bytes: int, kept: int = 1) -> None:
         self._workers = workers
         self._each = self.PREFETCH + -(-kept // workers) if workers else kept
-        self._memory: torch.Tensor = torch.empty((max(1, workers), self._each, size_bytes), dtype=torch.uint8)
+        shape = max(1, workers), self._each, size_bytes
+        self._memory: torch.Tensor = torch.empty(shape if not workers else 0, dtype=torch.uint8)
         if workers:
-            self._memory.share_memory_()  # type: ignore[no-untyped-call]
+            # share_memory_() would copy, page by page, what nobody has written yet.
+            shared = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+            self._memory = self._memory.set_(shared).view(shape)
         self._turn = 0  # each worker process counts its own
         self._number = next(_numbers)
         _known[self._number] = self

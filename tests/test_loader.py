@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pvtcap.errors import ShardError
-from pvtcap.loader import Board, Work, load
+from pvtcap.loader import Board, Rooms, Work, load
 
 
 class Doing(Work[int]):
@@ -151,3 +152,14 @@ def test_a_program_that_has_had_enough_ends(tmp_path: Path, fails: bool) -> None
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, str(program)], env=environment, timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3 if fails else 0, "0\n"), done.stderr
+
+
+def test_rooms_take_no_memory_before_they_are_used() -> None:
+    """A start would wait for it: a hundredth of a second for each 10 MB."""
+    me = psutil.Process()
+    before = me.memory_info().shared
+    rooms = Rooms(workers=1, size_bytes=16 << 20)
+    assert me.memory_info().shared - before < 4 << 20
+    # Not this process's to take, as there are workers; but to look into.
+    rooms.storage()[: 16 << 20] = 7
+    assert me.memory_info().shared - before > 12 << 20
