@@ -210,7 +210,7 @@ def main() -> None:
     size = TOY if args.toy else QUICK if args.quick else Size()
     size = replace(size, peak=args.peak_tflops or size.peak)
     options = {"size": asdict(size), "budget_s": args.budget_s, "toy": args.toy, "quick": args.quick}
-    console, rows = Console(width=120), list[Row]()
+    console, rows = Console(width=132), list[Row]()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         for part in parts(size, rows):
             unwanted = args.parts and part.name not in ("data", *args.parts)

@@ -15,25 +15,24 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib import metadata
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import write_parts
+from gpu_data import data
+from gpu_part import Found, Part, synchronize, timed
 from torch import Tensor
 from torch.nn import functional
-from train_step import CAPTIONS, RowEach, build, steps_of, unpacked
+from train_step import CAPTIONS, RowEach, steps_of, unpacked
 
-from pvtcap import dryrun, features
+from pvtcap import dryrun
 from pvtcap.batch import Batch
 from pvtcap.config import Config, batch_plan
-from pvtcap.configfile import parse
 from pvtcap.dist import World
 from pvtcap.engine import deepspeed_dict, parameter_groups
-from pvtcap.flops import StepFlops, peak_flops
+from pvtcap.flops import StepFlops
 from pvtcap.job import Job, make_tokenizer, prepare
 from pvtcap.ledger import Ledger
 from pvtcap.loader import Rooms
@@ -43,115 +42,6 @@ from pvtcap.sources import Sources
 from pvtcap.stream import View, train_batches
 from pvtcap.text import IGNORE
 from pvtcap.train import start_engine, train_step
-
-# Words of a caption, as in Flickr30k: 12 and more or fewer, so that rows differ in length and some of each is padding.
-LENGTHS = (8, 10, 11, 12, 13, 15, 18)
-SHARDS = 8
-Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """``folder`` has the data, or will; ``size`` and the contestants are those of gpu.py as plain values."""
-
-    kind: str
-    folder: Path
-    size: dict[str, Any]
-    contestants: Sequence[dict[str, Any]]
-
-    def config(self, contestant: dict[str, Any]) -> Config:
-        size, shards = self.size, "features" if contestant["input"] == "features" else "shards"
-        tree = {
-            "run": {"dir": str(self.folder / f"run-{self.kind}-{shards}")},
-            "data": {
-                "train": str(self.folder / shards), "global_batch": contestant["photos"] or 1,
-                "captions_per_photo": CAPTIONS, "image_px": size["px"], "workers": contestant["workers"],
-            },
-            "text": {"vocab": str(self.folder / "vocab.txt")},
-            "model": {"encoder_weights": str(self.folder / "encoder.pth"), "decoder": "scratch", **size["model"]},
-            "train": {"steps": 10**6, "compile": bool(contestant["compiled"]), "device_peak_tflops": size["peak"]},
-            "zero": {"stage": contestant["stage"] or 0},
-            "precision": "bf16",
-        }  # fmt: skip
-        return parse(tree, "gpu")
-
-
-def data(part: Part) -> Iterator[Found]:
-    """The device; photos and what training needs beside them; their features."""
-    if part.size["needs_gpu"] and not torch.cuda.is_available():
-        raise RuntimeError("no GPU: only --toy runs without one")
-    yield {"ready": True}
-    kinds = {"device": _device, "shards": _shards, "features": _features}
-    for contestant in part.contestants:
-        yield kinds[contestant["loop"]](part)
-
-
-def _device(part: Part) -> Found:
-    config, world = part.config(part.contestants[0]), World.alone()
-    on_gpu = world.device.type == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = peak_flops(config, name)
-    names = ("torch", "deepspeed", "transformers", "timm")
-    versions = {one.name: one.version for one in metadata.distributions() if one.name in names}
-    return {
-        "device": name,
-        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else None,
-        "peak_tflops": None if peak is None else peak / 1e12,
-        "product_tflops": _product_tflops(world.device, part.size["product"]),
-        "versions": {**versions, "cuda": torch.version.cuda},
-    }
-
-
-def _product_tflops(device: torch.device, side: int) -> float:
-    """Of a product of two bf16 matrices of so many rows and columns: 2 × side³ operations."""
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = timed(lambda: left @ right, device, warm_up=3, steps=10)
-    return 2 * side**3 / statistics.median(seconds) / 1e12
-
-
-def _shards(part: Part) -> Found:
-    started, each = time.perf_counter(), math.ceil(part.size["data_photos"] / SHARDS)
-    # The builder makes four times the photos that it is asked for.
-    build(part.folder, part.size["data_photos"] // 4, part.size["px"], LENGTHS, "--samples-per-shard", str(each))
-    encoder = part.size["model"].get("encoder", "pvt_v2_b1")
-    write_parts(part.folder, part.folder / "shards", encoder, part.size["pieces"])
-    num_bytes = sum(path.stat().st_size for path in (part.folder / "source").iterdir())
-    return {
-        "making_s": time.perf_counter() - started,
-        "bytes_per_photo": num_bytes / part.size["data_photos"],
-    }
-
-
-def _features(part: Part) -> Found:
-    """Photos a second that ``pvtcap features`` stores, from the first shard's end to the last one's."""
-    (contestant,) = (one for one in part.contestants if one["loop"] == "features")
-    config = part.config({**contestant, "input": "photos"})
-    out = part.folder / "features"
-    with World.start() as world:
-        manifest = features.run(config, part.folder / "shards", out, world, features.FeatureOptions())
-    # An index is written when its shard is whole: the process's start and the first kernels are not counted.
-    stamps = [path.stat().st_mtime for path in sorted(out.glob("*.index.json"))]
-    photos = sum(entry.num_samples for entry in manifest.shards[1:])
-    return {"photos_per_s": photos / (stamps[-1] - stamps[0])}
-
-
-def timed(step: Callable[[], object], device: torch.device, warm_up: int, steps: int) -> list[float]:
-    """Seconds of each step behind the warm-up; the device's highest memory is counted from there, too."""
-    seconds = []
-    for turn in range(warm_up + steps):
-        if turn == warm_up and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        _synchronize(device)
-        started = time.perf_counter()
-        step()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[warm_up:]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _peak_gib(device: torch.device) -> float | None:
@@ -332,11 +222,11 @@ def whole_loop(part: Part) -> Iterator[Found]:
 
         for _ in range(part.size["warm_up"] + _made_ahead(contestant["workers"])):
             step()
-        _synchronize(world.device)
+        synchronize(world.device)
         started, seen = time.perf_counter(), list[StepStats]()
         while len(seen) < part.size["steps"] or time.perf_counter() - started < part.size["seconds"]:
             seen.append(step())
-        _synchronize(world.device)
+        synchronize(world.device)
         seconds = (time.perf_counter() - started) / len(seen)
         need = _need(config, job, contestant)
         flops = statistics.mean(need.total(one.photos, one.captions, one.tokens) for one in seen)

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -67,25 +67,13 @@ def best(rows: list[Row], *, key: str = "photos_per_s", **wanted: Any) -> Row | 
     return max(found, key=lambda row: float(row.found[key]), default=None)
 
 
+COLUMNS = (
+    "", "input", "photos", "workers", "ms/step", "captions/s", "photos/s", "MFU", "product", "GiB", "planned", "waits",
+)  # fmt: skip
+
+
 def show(title: str, rows: list[Row], device: dict[str, Any], console: Console) -> None:
-    table = Table(title=title, title_justify="left")
-    columns = (
-        "",
-        "input",
-        "photos",
-        "workers",
-        "ms/step",
-        "captions/s",
-        "photos/s",
-        "MFU",
-        "product",
-        "GiB",
-        "planned",
-        "waits",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("", "input") else "right", no_wrap=True)
-    reasons: dict[str, list[str]] = {}
+    reasons, lines = dict[str, list[str]](), list[tuple[str, ...]]()
     for row in rows:
         one, found = row.contestant, row.found
 
@@ -106,10 +94,17 @@ def show(title: str, rows: list[Row], device: dict[str, Any], console: Console) 
                 cell("planned_gib", ".1f"),
                 cell("wait_share", ".0%"),
             )
-            table.add_row(one.name, one.input, str(one.photos or ""), str(one.workers or ""), *numbers)
+            lines.append((one.name, one.input, str(one.photos or ""), str(one.workers or ""), *numbers))
         else:
             console.print(f"{one.name}: {json.dumps(found)}", markup=False, highlight=False)
-    if table.rows:
+    if lines:
+        table = Table(title=title, title_justify="left")
+        told = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines)]
+        for number in told:
+            justify: Literal["left", "right"] = "left" if number < 2 else "right"
+            table.add_column(COLUMNS[number], justify=justify, no_wrap=True)
+        for line in lines:
+            table.add_row(*(line[number] for number in told))
         console.print(table)
     for reason, names in reasons.items():
         console.print(f"{reason}: {'; '.join(names)}", markup=False, highlight=False)

@@ -14,6 +14,8 @@ def suits(weight: Tensor) -> bool:
     """Whether they may be used with this weight, here and now: in float32, on a CPU with AVX."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
+    if torch.is_autocast_enabled("cpu"):  # torch's own products are those that it knows to cast for
+        return False
     if hasattr(weight, "ds_id"):  # ZeRO-3 gathers a module's weights when it is called
         return False
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")  # type: ignore[no-untyped-call]

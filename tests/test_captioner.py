@@ -43,6 +43,20 @@ def test_what_is_compiled_for_one_layer_and_length_serves_all(tree: dict[str, An
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a layer, and the losses
 
 
+def test_a_loop_of_ones_own_may_cast_to_16_bits_by_itself(tree: dict[str, Any], photos: torch.Tensor) -> None:
+    model, one = model_of(tree, model={"dropout": 0.0}), batch(CAPTIONS, photos)
+    model.train()
+    expected_loss, expected = loss_and_gradients(model, [one])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, [one])
+        captions = model.caption(photos, TOKENIZER, EvaluateConfig())
+    assert loss == pytest.approx(expected_loss, rel=0.01) and loss != expected_loss
+    assert gradients.keys() == expected.keys()
+    ours, theirs = (torch.cat([one.flatten() for one in found.values()]) for found in (gradients, expected))
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
+    assert len(captions) == len(photos)
+
+
 def test_parameter_counts_are_those_of_the_published_parts() -> None:
     with torch.device("meta"):
         projection = Projection("conv3x3", 512, 768)

@@ -69,7 +69,7 @@ def check_whole(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_what_is_measured_and_what_is_left_out(tmp_path: Path) -> None:
-    measured = ("data", "a row each", "engine", "whole loop from features")
+    measured = ("data", "a row each", "packed", "engine", "whole loop from features")
     content, printed = run_toy(tmp_path / "gpu.json", "--parts", *measured)
     for part, rows in check_whole(content).items():
         for row in rows:
@@ -80,7 +80,7 @@ def test_what_is_measured_and_what_is_left_out(tmp_path: Path) -> None:
     (loop,) = [row for row in content["rows"] if row["part"] == "whole loop from features"]
     assert epochs["measured"] == pytest.approx(5 * 145_000 / loop["captions_per_s"])
     assert summary["Flickr30k-sized epoch from photos, s"]["measured"] is None
-    assert "engine, ZeRO-2" in printed and "left out: not among --parts: packed, photos 4" in printed
+    assert "engine, ZeRO-2" in printed and "left out: not among --parts: engine, ZeRO-1, photos 4" in printed
 
 
 @pytest.mark.long
