@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -18,13 +19,23 @@ def is_allowed(host: str, networks: Sequence[Network]) -> bool:
     Loopback, link-local (169.254.169.254 among them), private, multicast and reserved addresses are not, unless in
     one of ``networks``; neither are IPv6 addresses that carry such an IPv4 address inside.
     """
-    try:
-        address = ip_address(host.split("%")[0])  # fe80::1%eth0
-    except ValueError:
+    address = _address(host)
+    if address is None:
         return True
     address = _embedded(address)
     public = address.is_global and not address.is_multicast
     return public or any(address in network for network in networks)
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    """None: a name. ``127.1`` and ``0x7f000001`` are addresses, too: older aiohttps connect there and ask nobody."""
+    try:
+        return ip_address(host.split("%")[0])  # fe80::1%eth0
+    except ValueError:
+        try:
+            return IPv4Address(socket.inet_aton(host.rstrip(".")))
+        except (OSError, ValueError):
+            return None
 
 
 def parse_networks(words: Sequence[str]) -> tuple[Network, ...]:

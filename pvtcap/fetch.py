@@ -280,13 +280,13 @@ def _retry_after_s(value: str | None) -> float:
 def _failure(error: Exception) -> FetchFailed:
     """What went wrong, in words that can be counted, and whether another try may help."""
     detail = str(error) or type(error).__name__
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
-        raise ShardError("too many open files", got=detail, do="Give fewer --connections, or raise 'ulimit -n'.")
     if (refusal := refused(error)) is not None:
         if not knows_authorities():
             raise ShardError("no photo can come over https", got=refusal.why, do=refusal.do)
         return FetchFailed("certificate", refusal.why)
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+        raise ShardError("too many open files", got=detail, do="Give fewer --connections, or raise 'ulimit -n'.")
     match cause:
         case _AddressRefused():
             return FetchFailed("private address", str(cause))

@@ -117,7 +117,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"not": object()})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": 1}
-    with pytest.raises(ShardError, match=r"a\.json: not a valid Manifest: format Field required"):
+    with pytest.raises(ShardError, match=r"a\.json: not a valid Manifest: (format Field required|é Extra inputs)"):
         parse_json(Manifest, (tmp_path / "a.json").read_bytes(), tmp_path / "a.json")
 
 
