@@ -143,7 +143,7 @@ def test_the_sheet_shows_photos_in_rows_with_text_below(tmp_path: Path) -> None:
     assert red[1] < 10
     # Some of the text is black: it was written, and under the photo.
     band = image.crop((sheet.MARGIN_PX, sheet.CELL_PX + 10, width, height)).convert("L")
-    assert min(band.get_flattened_data()) < 60
+    assert min(band.tobytes()) < 60
 
 
 def test_the_sheet_wraps_captions_and_makes_room_for_all(tmp_path: Path) -> None:
