@@ -14,7 +14,7 @@ import pytest
 def test_the_kernels_give_what_torch_gives() -> None:
     pytest.importorskip("triton", reason="this torch came without Triton")
     checks = Path(__file__).with_name("gpukernels.py")
-    # With NumPy below 2 the interpreter of older Tritons does what NumPy warns of.
+    # NumPy warns of what the interpreter of older Tritons (3.3 to 3.5) does.
     passed_over = "ignore:Conversion of an array with ndim:DeprecationWarning"
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-W", passed_over]
     done = subprocess.run(

@@ -117,8 +117,8 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"not": object()})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": 1}
-    with pytest.raises(ShardError, match=r"a\.json: not a valid Manifest: (format Field required|é Extra inputs)"):
-        parse_json(Manifest, (tmp_path / "a.json").read_bytes(), tmp_path / "a.json")
+    with pytest.raises(ShardError, match=r"a\.json: not a valid Manifest: format Field required"):
+        parse_json(Manifest, b"{}", tmp_path / "a.json")
 
 
 def test_a_reader_keeps_the_shards_open_that_it_used_last(cats: Path) -> None:
