@@ -63,7 +63,7 @@ def word_maps(model: Captioner, tokenizer: CaptionTokenizer, photo_3HW: Tensor, 
 def heated(photo: Image.Image, attention: NDArray[np.float32]) -> Image.Image:
     """The photo in grey, red where the model looks and yellow where it looks most, also where the photo is dark."""
     span = float(np.ptp(attention)) or 1.0
-    heat = Image.fromarray((attention - attention.min()) / span).resize(photo.size, Image.Resampling.BICUBIC)
+    heat = Image.fromarray((attention - np.min(attention)) / span).resize(photo.size, Image.Resampling.BICUBIC)
     heat_HW1 = np.clip(np.asarray(heat), 0, 1)[..., None]
     grey_HW1 = _GREY * np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
     colour_HW3 = np.concatenate([np.full_like(heat_HW1, 255), 220 * heat_HW1, np.zeros_like(heat_HW1)], axis=2)

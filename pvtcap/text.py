@@ -122,20 +122,24 @@ class CaptionTokenizer:
             found: NDArray[np.int64] = starts - starts[first_of_photo]
             return found
 
+        def in_photo(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+            """How many there are in all captions of each photo; bincount adds weights up as float64."""
+            return np.bincount(photo_of, counts, len(photos)).astype(np.int64)
+
         def rows(widths: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
-            return np.full((len(photos), max(1, int(widths.max()))), fill, dtype=np.int64)
+            return np.full((len(photos), max(1, int(np.max(widths)))), fill, dtype=np.int64)
 
         caption_of = np.repeat(np.arange(len(texts)), labels_of)
         turn = np.arange(len(all_ids)) - np.repeat(np.cumsum(labels_of) - labels_of, labels_of)
         place = len(shared) + before(tokens_of)[caption_of] + turn
-        labels = rows(np.bincount(photo_of, labels_of, len(photos)), IGNORE)
+        labels = rows(in_photo(labels_of), IGNORE)
         predictors = np.zeros_like(labels)
         at = photo_of[caption_of], before(labels_of)[caption_of] + turn
         labels[at] = all_ids
         predictors[at] = np.where(turn == 0, len(shared) - 1, place - 1)
 
         with_captions = captions_of > 0
-        tokens = rows(with_captions * len(shared) + np.bincount(photo_of, tokens_of, len(photos)), self.pad_id)
+        tokens = rows(with_captions * len(shared) + in_photo(tokens_of), self.pad_id)
         positions, segments = np.zeros_like(tokens), np.full_like(tokens, -1)
         if texts:
             start = slice(len(shared))
