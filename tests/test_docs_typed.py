@@ -41,7 +41,7 @@ PAGES = (
     "docs/weights",
     "docs/slurm",
 )
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:pvtcap|launch/\w+\.sh|make|cp|source|unzip|tail|sbatch|srun|git|cd) ")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:pvtcap|launch/\w+\.sh|make|cp|source|python|tail|sbatch|srun|git|cd) ")
 PYTHON = re.compile(r"(?:import|captioner|pvt, blip, projection|ids|model|tokenizer)\b")
 NUM_PHOTOS = 24
 ELSEWHERE = {
