@@ -23,6 +23,9 @@ from pvtcap.photo import BadPhoto
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_PHOTO_BYTES = 256 << 20  # encoded; no camera's photo is near it, and a ZIP can expand to anything
 
+# What zipfile makes of a wrong byte: a wrong name, or a version that it does not know.
+_DAMAGED_ZIP = (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError)
+
 
 class PhotoSource(Protocol):
     """Anything that gives a photo's bytes; it is pickled to the worker that reads it."""
@@ -64,7 +67,7 @@ class PhotoInZip:
                 return file.read(member.file_size)
         except KeyError:
             raise FileNotFoundError(f"no {self.member} in {self.path}") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (*_DAMAGED_ZIP, zlib.error, EOFError, RuntimeError) as error:
             raise BadPhoto("unreadable photo", str(error)) from error
 
 
@@ -111,14 +114,17 @@ class PhotoPlace:
             return
         if not path.exists():
             raise ShardError("no such folder or ZIP of photos", where=path)
-        if not zipfile.is_zipfile(path):
-            raise ShardError("neither a folder nor a ZIP of photos", where=path)
         self._members = {}
         try:
             with zipfile.ZipFile(path) as archive:
                 for member in (name for name in archive.namelist() if not name.endswith("/")):  # "/": a folder
                     self._members.setdefault(PurePosixPath(member).name, []).append(member)
-        except zipfile.BadZipFile as error:
+        except _DAMAGED_ZIP as error:
+            # Of one that was cut short the end is lacking, by which zipfile knows them.
+            with path.open("rb") as file:
+                begins_as_zip = file.read(4) == b"PK\x03\x04"
+            if not begins_as_zip:
+                raise ShardError("neither a folder nor a ZIP of photos", where=path) from None
             raise ShardError(f"damaged ZIP: {error}", where=path, do="Copy or download it again.") from None
 
     def find(self, name: str) -> PhotoFile | PhotoInZip | PhotoOutside:
