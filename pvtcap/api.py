@@ -7,7 +7,6 @@ for caption in captioner.caption(["dog.jpg", PIL.Image.open("cat.png")], num_bea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pvtcap import captioner as model_module
-from pvtcap import pixels, weights
+from pvtcap import jsonfile, pixels, weights
 from pvtcap.checkpoint import VOCAB, Checkpoint
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.configfile import parse
@@ -72,12 +71,11 @@ class Captioner:
 
     @classmethod
     def _from_hub_folder(cls, folder: Path, device: torch.device) -> Self:
+        what = "not a model that pvtcap exported"
         try:
-            tree = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))["pvtcap"]
-        except (ValueError, LookupError, TypeError):
-            raise CheckpointError(
-                "not a model that pvtcap exported", where=folder / HUB_CONFIG, wanted="its key 'pvtcap'"
-            ) from None
+            tree = jsonfile.read(folder / HUB_CONFIG, CheckpointError, what)["pvtcap"]
+        except (LookupError, TypeError):
+            raise CheckpointError(what, where=folder / HUB_CONFIG, wanted="its key 'pvtcap'") from None
         config = parse(tree, where=folder / HUB_CONFIG)
         tokenizer = CaptionTokenizer.from_file(folder / VOCAB, config.text.prompt)
         with weights.Undrawn():

@@ -8,12 +8,12 @@ What is wrong with a line is kept, with its reason, for the builder to report.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pvtcap import jsonfile
 from pvtcap.errors import ShardError
 from pvtcap.photosource import PHOTO_SUFFIXES
 from pvtcap.shardset import SkippedItem
@@ -83,15 +83,12 @@ def read_text(path: Path) -> str:
 
 def read_names(path: Path) -> list[str]:
     """A list of names, one a line, each once. Raises ShardError when the file is missing or not UTF-8."""
-    return list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
+    return list(dict.fromkeys(line.strip() for line in read_text(path).split("\n") if line.strip()))
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's content. Raises ShardError when it is missing or not JSON."""
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
-        raise ShardError(f"not JSON: {error}", where=path) from None
+    return jsonfile.parse(read_text(path), path, ShardError)
 
 
 def is_photo_name(name: str) -> bool:

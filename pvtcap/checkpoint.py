@@ -12,7 +12,6 @@ to keep: an unbroken run and a resumed one are the same run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from pvtcap import frozenencoder, weights
+from pvtcap import frozenencoder, jsonfile, weights
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config
 from pvtcap.configfile import parse
@@ -157,11 +156,11 @@ class Checkpoint:
 
 def _read_manifest(path: Path) -> CheckpointManifest:
     """The manifest, if it is one of this version's format; CheckpointError says what else it is."""
-    encoded = path.read_bytes()
+    encoded, what, do = path.read_bytes(), "not a checkpoint's manifest", "It may be damaged."
     try:
-        found = json.loads(encoded)["format"]
-    except (ValueError, TypeError, KeyError):
-        raise CheckpointError("not a checkpoint's manifest", where=path, do="It may be damaged.") from None
+        found = jsonfile.parse(encoded, path, CheckpointError, what, do)["format"]
+    except (TypeError, KeyError):
+        raise CheckpointError(what, where=path, do=do) from None
     if found != FORMAT:
         raise CheckpointError(
             "a checkpoint of another version of pvtcap",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pvtcap import jsonfile
 from pvtcap.errors import EvaluationError
 
 _RESULTS = '[{"image_id": …, "caption": …}, …]'
@@ -19,7 +20,7 @@ _REFERENCES = '{"annotations": [{"image_id": …, "caption": …}, …]}'
 def read_results(path: Path) -> dict[str, str]:
     """image id → its caption, in the file's order. Raises EvaluationError when it is no such file or an id is twice."""
     results: dict[str, str] = {}
-    content = _read(path)
+    content = jsonfile.read(path, EvaluationError)
     if not isinstance(content, list):
         raise EvaluationError("not COCO's results", where=path, got=type(content).__name__, wanted=_RESULTS)
     for image_id, caption in _pairs(content, path, _RESULTS):
@@ -31,7 +32,7 @@ def read_results(path: Path) -> dict[str, str]:
 
 def read_references(path: Path) -> dict[str, list[str]]:
     """image id → its reference captions, in the file's order. Raises EvaluationError when it is no such file."""
-    content = _read(path)
+    content = jsonfile.read(path, EvaluationError)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise EvaluationError("not COCO's annotations of captions", where=path, wanted=_REFERENCES)
     references: dict[str, list[str]] = {}
@@ -55,19 +56,15 @@ def to_score(
     return dict(references)
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise EvaluationError(f"cannot read it: {error.strerror}", where=path) from None
-    except ValueError as error:
-        raise EvaluationError(f"not JSON: {error}", where=path) from None
-
-
 def _pairs(items: list[Any], path: Path, wanted: str) -> Iterator[tuple[str, str]]:
     for number, item in enumerate(items):
         fields = (item.get("image_id"), item.get("caption")) if isinstance(item, dict) else (None, None)
         if isinstance(fields[0], bool) or not isinstance(fields[0], (int, str)) or not isinstance(fields[1], str):
             got = json.dumps(item, ensure_ascii=False)[:100]
             raise EvaluationError("no caption of an image", where=f"{path}, item {number}", got=got, wanted=wanted)
-        yield str(fields[0]), fields[1]
+        yield _utf8(str(fields[0])), _utf8(fields[1])
+
+
+def _utf8(text: str) -> str:
+    """JSON can carry half a surrogate pair, which no file and no scorer takes; "?" stands for it."""
+    return text.encode(errors="replace").decode()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pvtcap import bootstrap
+from pvtcap import bootstrap, jsonfile
 from pvtcap.errors import EvaluationError
 from pvtcap.metrics import Scores
 
@@ -39,19 +38,17 @@ class PerImage:
     def read(cls, folder: Path, values: Mapping[str, float | None]) -> Self:
         """From an evaluation folder's captions.jsonl; ``values`` are its scores.json's scores."""
         path = folder / CAPTIONS
+        do = "Evaluate it again with this version."
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            by_id = {str(line["image_id"]): line for line in lines}
+            by_id = {str(line["image_id"]): line for line in jsonfile.read_lines(path, EvaluationError)}
             ids = sorted(by_id)
-            return cls(
-                ids,
-                values,
-                _columns([by_id[id_]["scores"] for id_ in ids]),
-                _columns([by_id[id_]["statistics"] for id_ in ids]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            do = "Evaluate it again with this version."
+            per_image = _columns([by_id[id_]["scores"] for id_ in ids])
+            statistics = _columns([by_id[id_]["statistics"] for id_ in ids])
+        except (KeyError, TypeError) as error:
             raise EvaluationError(f"no scores of each image: {error!r}", where=path, do=do) from None
+        if lacking := [name for name, value in values.items() if value is not None and name not in per_image]:
+            raise EvaluationError(f"no scores of each image: {lacking[0]}", where=path, do=do)
+        return cls(ids, values, per_image, statistics)
 
 
 def differences(a: PerImage, b: PerImage, resamples: int = bootstrap.RESAMPLES) -> dict[str, bootstrap.Difference]:

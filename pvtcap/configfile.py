@@ -21,19 +21,42 @@ from pvtcap import recipes
 from pvtcap.config import Config, EvaluateConfig
 from pvtcap.errors import ConfigError, did_you_mean
 
+# ValueError: a number of thousands of digits. RecursionError: brackets, hundreds deep.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its dates: in ``run.dir=2026-12-01`` that is a name, and 2026-12-41 another."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
 
 def load(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (a path, or the name of a shipped one: ``flickr30k``) and apply ``a.b=c`` overrides."""
     path = recipes.find_config(name)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from None
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise ConfigError("a configuration is a mapping of sections", where=path, got=type(tree).__name__)
     for word in overrides:
         _override(tree, word)
     return parse(tree, where=path)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; ConfigError when it cannot be read or is none."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read it: {error.strerror}", where=path) from None
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#x} at {error.start:,}"
+        raise ConfigError("not UTF-8 text", where=path, got=got, do="Save it as UTF-8.") from None
+    except _NOT_YAML as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from None
 
 
 def parse(tree: dict[str, Any], where: object) -> Config:
@@ -49,6 +72,8 @@ def parse(tree: dict[str, Any], where: object) -> Config:
         hint = did_you_mean(place[-1], known) or _other_section(place[-1]) or f"Known here: {', '.join(known)}."
         raise ConfigError(f"unknown key '{dotted}'", where=where, do=hint)
     message = first["msg"].removeprefix("Value error, ").lower().removeprefix("input should be ")
+    if first["type"] == "path_type":
+        message = "a path"
     if first["type"] == "value_error":
         raise ConfigError(first["msg"].removeprefix("Value error, "), where=f"{where}: {dotted}" if dotted else where)
     raise ConfigError(f"bad value for '{dotted}'", where=where, got=repr(first["input"]), wanted=message)
@@ -79,9 +104,22 @@ def _override(tree: dict[str, Any], word: str) -> None:
         if not isinstance(branch, dict):
             raise ConfigError(f"'{section}' in '{dotted}' is a value, not a section")
     try:
-        branch[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        branch[key] = value
+        read = yaml.load(value, _Loader)
+    except _NOT_YAML:
+        read = value
+    # run.dir=20261201 is a name, and text.prompt= no prompt; but where null must not be, it is nobody's name either.
+    wanted = _types_at(sections, key)
+    typed = {str, Path} & wanted and type(read) not in {*wanted, list, dict} and (read is not None or not value)
+    branch[key] = value if typed else read
+
+
+def _types_at(sections: Sequence[str], key: str) -> set[Any]:
+    """What a key may be: the members of a union, or the one type; nothing for a key that there is not."""
+    model = _model_at(sections)
+    if model is None or key not in model.model_fields:
+        return set()
+    annotation = model.model_fields[key].annotation
+    return set(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else {annotation}
 
 
 def _model_at(sections: Sequence[str]) -> type[BaseModel] | None:

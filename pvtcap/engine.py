@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvtcap import jsonfile
 from pvtcap.batch import Batch
 from pvtcap.captioner import Captioner
 from pvtcap.config import BatchPlan, Config, OptimConfig
@@ -72,12 +73,9 @@ def deepspeed_dict(config: Config, plan: BatchPlan, *, universal: bool = False) 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("cannot read zero.deepspeed_json", where=path, got=error.strerror) from None
-    except ValueError as error:
-        raise ConfigError("zero.deepspeed_json is not JSON", where=path, got=str(error)) from None
+    if not path.is_file():
+        raise ConfigError("cannot read zero.deepspeed_json", where=path, got="no such file")
+    tree = jsonfile.read(path, ConfigError, "zero.deepspeed_json is not JSON")
     if not isinstance(tree, dict):
         raise ConfigError("zero.deepspeed_json is not a JSON object", where=path, got=type(tree).__name__)
     return tree

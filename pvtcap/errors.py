@@ -45,7 +45,8 @@ class PvtcapError(Exception):
         if self.wanted is not None:
             parts.append(f"wanted {self.wanted}")
         line = "; ".join(parts)
-        return line if self.do is None else f"{line}. {self.do}"
+        said = line if self.do is None else f"{line}. {self.do}"
+        return " ".join(part.strip() for part in said.split("\n"))  # what libraries say may be several lines
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions pickle as cls(*args); ours have keywords, and cross process borders (workers, ranks) whole.

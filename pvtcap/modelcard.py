@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pvtcap import jsonfile
 from pvtcap.checkpoint import Checkpoint
 from pvtcap.config import ranks_in_words
+from pvtcap.errors import CheckpointError
 
 _USE = """\
 ```python
@@ -77,5 +78,5 @@ def _json(path: Path) -> dict[str, Any]:
     """What another command left beside the checkpoint, if it did."""
     if not path.is_file():
         return {}
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tree: dict[str, Any] = jsonfile.read(path, CheckpointError)
     return tree

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from pvtcap import jsonfile
+from pvtcap.errors import ConfigError
 
 LOG = "log.jsonl"
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Its complete lines; none where there is no log. What stands behind the last newline is still being written."""
+    """Its complete lines; none where there is no log, or none yet. Raises ConfigError at one that is damaged."""
     path = run / LOG
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    lines: list[dict[str, Any]] = jsonfile.read_lines(path, ConfigError, growing=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+            raise ConfigError("not a line of a run's log", where=f"{path}, line {number}", wanted="'kind' and 'step'")
+    return lines

@@ -8,7 +8,6 @@ All of it is from the run folders' log.jsonl, config.yaml, environment.json and 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,10 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
-from pvtcap import runlog
-from pvtcap.configfile import flat
+from pvtcap import jsonfile, runlog
+from pvtcap.configfile import flat, read_yaml
 from pvtcap.errors import ConfigError
 from pvtcap.htmlreport import document, inline
 from pvtcap.stepfolders import step_of
@@ -74,8 +71,8 @@ def read(path: Path) -> Run:
         name=path.resolve().name,
         path=path,
         lines=lines,
-        config=flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))),
-        environment=json.loads((path / "environment.json").read_text(encoding="utf-8")),
+        config=flat(read_yaml(path / "config.yaml")),
+        environment=jsonfile.read(path / "environment.json", ConfigError),
         sheet=sheets[-1].read_bytes() if sheets else None,
     )
 

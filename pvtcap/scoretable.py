@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,26 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from pvtcap import jsonfile
 from pvtcap.bootstrap import Difference
 from pvtcap.errors import EvaluationError
 
 SCORES = "scores.json"  # what ``evaluate`` calls it
 
 Report = Mapping[str, Any]
+_KINDS = {"scores": dict, "unavailable": dict, "statistics": dict, "num_photos": int}
 
 
 def read_report(folder: Path) -> Report:
-    """The content of an evaluation folder's scores.json. Raises EvaluationError when there is none."""
+    """The content of an evaluation folder's scores.json. Raises EvaluationError when there is none, or another's."""
     path = folder / SCORES
-    try:
-        report: Report = json.loads(path.read_bytes())
-    except OSError:
-        do = "Give a folder that 'pvtcap evaluate' or a training run wrote."
-        raise EvaluationError(f"no {SCORES} here", where=folder, do=do) from None
-    except ValueError as error:
-        raise EvaluationError(f"not JSON: {error}", where=path) from None
+    do = "Give a folder that 'pvtcap evaluate' or a training run wrote."
+    if not path.is_file():
+        raise EvaluationError(f"no {SCORES} here", where=folder, do=do)
+    report: Report = jsonfile.read(path, EvaluationError)
+    for name, kind in _KINDS.items():
+        if not isinstance(report, dict) or not isinstance(report.get(name), kind):
+            raise EvaluationError(f"not the scores of an evaluation: it lacks '{name}'", where=path, do=do)
     return report
 
 

@@ -54,14 +54,11 @@ class CaptionTokenizer:
     """WordPiece with BLIP's tokens. ``vocab`` is BERT's list of pieces, without [DEC] and [ENC]."""
 
     def __init__(self, vocab: Sequence[str], prompt: str = "") -> None:
-        missing = [token for token in ("[PAD]", "[UNK]", "[SEP]") if token not in vocab]
-        if missing:
-            raise ConfigError("the vocabulary lacks BERT's special tokens", got=missing, do="Use a BERT vocab.txt.")
         self.vocab = [piece for piece in vocab if piece not in _BLIP_TOKENS]
         self.prompt = prompt
         ids = {piece: number for number, piece in enumerate([*self.vocab, *_BLIP_TOKENS])}
         self.pad_id, self.end_id, self.begin_id = ids["[PAD]"], ids["[SEP]"], ids["[DEC]"]
-        self.size = len(ids)
+        self.size = len(self.vocab) + len(_BLIP_TOKENS)  # one that is twice in a file has two rows, and uses the last
         self._tokenizer = _bert_pipeline(Tokenizer(WordPiece(ids, unk_token="[UNK]")))
         self._special = {ids[token] for token in [*_SPECIAL, *_BLIP_TOKENS] if token in ids}
         self._known: dict[str, bytes] = {}  # pieces of words
@@ -69,11 +66,16 @@ class CaptionTokenizer:
 
     @classmethod
     def from_file(cls, path: Path, prompt: str = "") -> CaptionTokenizer:
-        """Read a vocab.txt: one piece a line, the line number is the id."""
+        """Read a vocab.txt: one piece a line, the line number is the id. Raises ConfigError when it is not BERT's."""
         try:
-            return cls(path.read_text(encoding="utf-8").splitlines(), prompt)
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the vocabulary: {error}", where=path) from None
+        vocab = text.removesuffix("\n").split("\n")  # no splitlines: U+2028 and the like may be pieces
+        if missing := [token for token in ("[PAD]", "[UNK]", "[SEP]") if token not in vocab]:
+            do = "Use a BERT vocab.txt."
+            raise ConfigError("the vocabulary lacks BERT's special tokens", where=path, got=missing, do=do)
+        return cls(vocab, prompt)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, prompt: str = "") -> CaptionTokenizer:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pvtcap.errors import ConfigError, ShardError
 from pvtcap.shardset import SkippedItem
@@ -125,8 +126,8 @@ class UrlTable:
                         do="Name them with --url-column and --caption-column.",
                     )
                 for batch in file.iter_batches(4096, columns=[url, caption]):
-                    yield from map(_parquet_row, batch[url].to_pylist(), batch[caption].to_pylist())
-        except (pyarrow.ArrowException, OSError) as error:
+                    yield from map(_parquet_row, _values(batch[url]), _values(batch[caption]))
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: a column's name
             raise ShardError(f"not a readable Parquet file: {error}", where=path) from None
 
 
@@ -148,6 +149,21 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() in (".parquet", ".pq")
 
 
+def _values(column: Any) -> list[object]:
+    """A Parquet column's. Its text need not be UTF-8, which Arrow does not look at: then it is no text."""
+
+    def value(scalar: Any) -> object:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:
+            return b"not UTF-8"
+
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [value(scalar) for scalar in column]
+
+
 def _parquet_row(url: object, caption: object) -> tuple[tuple[str, ...], str] | str:
     captions = caption if isinstance(caption, list) else [caption]
     if not isinstance(url, str) or not all(isinstance(text, str) for text in captions):
@@ -162,7 +178,7 @@ def _num_rows(path: Path) -> int:
 
         try:
             return int(pyarrow.parquet.read_metadata(path).num_rows)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ShardError(f"not a readable Parquet file: {error}", where=path) from None
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(_COUNT_BLOCK), b""))

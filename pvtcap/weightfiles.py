@@ -6,8 +6,8 @@ large files are mapped into memory instead of copied.
 
 from __future__ import annotations
 
-import json
 import pickle
+import struct
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pvtcap import jsonfile
 from pvtcap.errors import CheckpointError, ConfigError
 
 # In the order of preference; an index names the shards that a large model is cut into.
@@ -30,7 +31,10 @@ COMBINED_PARTS = ("pvt", "blip", "projection")
 # What training scripts put around a state dict.
 _WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "state_dict_ema")
 # torch's unpickler takes any byte for an instruction: a file of another kind fails wherever it makes no sense.
-_NOT_WEIGHTS = (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+_NOT_WEIGHTS = (
+    *(SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(zipfile.BadZipFile, struct.error, AssertionError),
+)
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 def index_shards(index: Path) -> list[Path]:
     """The shard files that an index names, beside it; CheckpointError when it is not an index, or one is elsewhere."""
+    content = jsonfile.read(index, CheckpointError, "not an index of shards")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        names = sorted(set(content["weight_map"].values()))
+    except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"not an index of shards ({type(error).__name__})", where=index) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -122,7 +127,7 @@ def hub_weights(repo: str, key: str) -> Path:
     with suppress(ConfigError):  # it says how many heads, if it is there: the weights do without
         hub_file(repo, ["config.json"], key)
     if path.name in INDEX_FILES:
-        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = jsonfile.read(path, CheckpointError)["weight_map"]
         for name in sorted(set(weight_map.values())):
             hub_file(repo, [name], key)
     return path

@@ -9,7 +9,6 @@ explained is an error, and so is a value that is not finite.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pvtcap import jsonfile
 from pvtcap.captioner import Captioner
 from pvtcap.config import Config, TextConfig
 from pvtcap.decoder import Decoder
@@ -163,12 +163,12 @@ def fill(
 
 def _check_heads(folder: Path, heads: int) -> None:
     """Attention heads leave no trace in a file's shapes; the config.json beside it, where there is one, knows them."""
-    try:
-        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        theirs = tree.get("text_config", tree).get("num_attention_heads", heads)
-    except FileNotFoundError:
+    if not (folder / "config.json").is_file():
         return
-    except (OSError, ValueError, AttributeError) as error:
+    tree = jsonfile.read(folder / "config.json", CheckpointError)
+    try:
+        theirs = tree.get("text_config", tree).get("num_attention_heads", heads)
+    except AttributeError as error:
         raise CheckpointError(f"not a model's configuration ({error})", where=folder / "config.json") from None
     if theirs != heads:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -55,12 +56,16 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 yield number, parsed(line)
     elif path.suffix.lower() == ".csv":
-        reader = csv.DictReader(read_text(path).splitlines(keepends=True))
-        header = set(reader.fieldnames or ())
-        if not header & set(NAMES) or "caption" not in header:
-            raise ShardError("wrong header", where=path, got=reader.fieldnames, wanted="file,caption")
-        for row in reader:
-            yield reader.line_num, row
+        reader = csv.DictReader(io.StringIO(read_text(path)))  # no splitlines: a caption may hold U+2028
+        try:
+            header = set(reader.fieldnames or ())
+            if not header & set(NAMES) or "caption" not in header:
+                raise ShardError("wrong header", where=path, got=reader.fieldnames, wanted="file,caption")
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:  # a field of more than 128 KiB
+            do = "Is a quotation mark not closed?"
+            raise ShardError(f"not CSV: {error}", where=f"{path}, line {reader.line_num}", do=do) from None
     else:
         raise ShardError(
             "unknown kind of caption file", where=path, got=path.suffix or "no suffix", wanted=".jsonl or .csv"
@@ -70,7 +75,7 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parsed(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a number of thousands of digits; brackets, thousands deep
         row = None
     return row if isinstance(row, dict) else {"line": line}
 

@@ -28,6 +28,23 @@ def test_a_learning_rate_as_people_type_it(tmp_path: Path, typed: str) -> None:
     assert load(write(tmp_path, "{}"), [f"optim.lr={typed}"]).optim.lr == 3e-4
 
 
+@pytest.mark.parametrize("name", ["2026-12-01", "2026-13-41", "20261201", "1e3", "yes", "[draft", "0x10"])
+def test_a_name_stays_what_was_typed(tmp_path: Path, name: str) -> None:
+    """YAML would read a date, a number, a truth."""
+    assert load(write(tmp_path, "{}"), [f"run.dir={name}"]).run.dir == Path(name)
+
+
+def test_empty_and_null_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {dir: 2026-12-01}\n")
+    config = load(path, ["text.prompt=", "data.val=null", "data.cache_dir=7"])
+    assert (config.text.prompt, config.data.val, config.data.cache_dir) == ("", None, Path("7"))
+    assert config.run.dir == Path("2026-12-01")
+    with pytest.raises(ConfigError, match=r"bad value for 'run\.dir'.*; got \['a'\]; wanted a path"):
+        load(path, ["run.dir=[a]"])
+    with pytest.raises(ConfigError, match=r"bad value for 'text\.prompt'.*; got None"):
+        load(path, ["text.prompt=null"])
+
+
 def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {global_batch: 32, image_px: 64}\n")
     config = load(path, ["data.global_batch=16", "run.dir=x/y", "train.epochs=2", "evaluate.every_steps=null"])

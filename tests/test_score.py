@@ -102,6 +102,20 @@ def test_files_that_are_not_what_they_should_be(files: Path, tmp_path: Path, res
     assert says in str(done.exception)
 
 
+def test_captions_of_odd_characters_are_scored_and_compared(tmp_path: Path) -> None:
+    """Half a surrogate pair, which JSON can carry and UTF-8 cannot, and what Unicode calls the end of a line."""
+    captions = ["a \\ud800 dog", "a\\u2028cat runs", "two\\u0085birds fly"]
+    rows = ", ".join(f'{{"image_id": {number}, "caption": "{caption}"}}' for number, caption in enumerate(captions))
+    (tmp_path / "a.json").write_text(f"[{rows}]")
+    (tmp_path / "references.json").write_text(f'{{"annotations": [{rows}]}}')
+    done = score(tmp_path / "a.json", tmp_path / "references.json", "--metric", "CIDEr", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert '"caption": "a ? dog"' in (tmp_path / "captions.jsonl").read_text(encoding="utf-8")
+    again = CliRunner().invoke(app, ["compare", str(tmp_path), f"same={tmp_path}"], env={"COLUMNS": "200"})
+    assert again.exit_code == 0, again.output
+    assert "+0.0000" in again.output
+
+
 def test_a_subset_is_scored_where_it_is_asked_for(files: Path, tmp_path: Path) -> None:
     rows = json.loads((files / "a.json").read_text())[:5]
     (tmp_path / "a.json").write_text(json.dumps(rows))
