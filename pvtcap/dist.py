@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from pvtcap.errors import PvtcapError
+from pvtcap.errors import ConfigError, PvtcapError
 from pvtcap.hostmemory import keep_freed_memory
 
 T = TypeVar("T")
@@ -48,12 +48,14 @@ class World:
 
     @classmethod
     def start(cls, timeout_minutes: float = 30) -> Self:
-        """Join the process group that torchrun or srun describes in the environment; alone, make one of one rank."""
+        """Join the process group that torchrun or srun describes in the environment; alone, make one of one rank.
+
+        Raises ConfigError where the environment describes half of one.
+        """
         # launch/torchrun.py holds SIGTERM back until somebody listens; what does not is ended by it.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         faulthandler.enable()  # a rank that dies in native code says where it was
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        rank, size, local_rank = _place_of_this_rank()
         device = _pick_device(local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -128,6 +130,25 @@ class World:
             result.told = not self.is_first
             raise result
         return result  # type: ignore[return-value]  # None only where decide() itself gives None
+
+
+def _place_of_this_rank() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK; 0, 1 and 0 for a process that nobody calls a rank."""
+    # Some containers have a WORLD_SIZE of 1 and nothing else.
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, 0
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0")
+    numbers = [int(value) if value.isdecimal() else -1 for name, value in found.items() if name != "MASTER_ADDR"]
+    rank, size, port, local_rank = numbers
+    if min(numbers) < 0 or rank >= size or port > 65535 or not found["MASTER_ADDR"]:
+        raise ConfigError(
+            "the environment calls this process a rank, and does not say of what",
+            got=" ".join(f"{name}={value}" for name, value in found.items()),
+            wanted="RANK below WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them",
+            do="Start with launch/local.sh or slurm/train.sbatch; for one process, unset RANK and WORLD_SIZE.",
+        )
+    return rank, size, local_rank
 
 
 def _pick_device(local_rank: int) -> torch.device:

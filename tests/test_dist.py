@@ -8,6 +8,7 @@ import sys
 import textwrap
 from typing import Any
 
+import pytest
 import torch
 from conftest import RankFunction
 
@@ -68,6 +69,34 @@ def test_a_process_group_of_one_leaves_the_environment_as_it_was() -> None:
             assert os.environ["LOCAL_RANK"] == "0"  # DeepSpeed asks for it
         assert not torch.distributed.is_initialized()
         assert set(os.environ.items() ^ before.items()) <= {("DS_ACCELERATOR", "cpu")}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"RANK": "one"}, {"RANK": "2"}, {"RANK": "-1"}, {"RANK": None}, {"WORLD_SIZE": None}, {"WORLD_SIZE": "2.0"}),
+        *({"MASTER_ADDR": None}, {"MASTER_PORT": None}, {"MASTER_PORT": "99999"}, {"LOCAL_RANK": "cuda:0"}),
+    ],
+    ids=str,
+)
+def test_half_a_rank_is_a_mistake(changed: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where somebody starts ranks without torchrun, and forgets one of the variables."""
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (whole | changed).items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match="the environment calls this process a rank") as caught:
+        World.start()
+    for name, value in changed.items():
+        assert f"{name}={value or ''}" in str(caught.value)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_world_size_of_one_alone_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with World.start() as world:
+        assert (world.rank, world.size) == (0, 1)
 
 
 def test_memory_that_a_rank_frees_stays_with_it() -> None:
